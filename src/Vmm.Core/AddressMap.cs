@@ -105,6 +105,9 @@ public sealed class AddressMap
     /// <summary>For diagnostics.</summary>
     public string Name { get; }
 
+    /// <summary>One past the last valid address; 0 means 2^64.</summary>
+    public ulong Limit => _limit;
+
     /// <summary>Accesses that no window claimed.</summary>
     public long UnclaimedReads => Interlocked.Read(ref _unclaimedReads);
 
