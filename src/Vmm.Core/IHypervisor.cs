@@ -206,6 +206,12 @@ public struct VcpuExit
     /// <summary>How many of these bytes are valid; 0 means fetch them from guest memory.</summary>
     public int InstructionLength;
 
+    /// <summary>
+    /// For <see cref="ExitKind.Halted"/>: maskable interrupts are off, so that only NMI or INIT can end the halt. Set by the
+    /// driver on every such exit.
+    /// </summary>
+    public bool InterruptsMasked;
+
     /// <summary>For <see cref="ExitKind.Failed"/>: one line for people.</summary>
     public string? Detail;
 }

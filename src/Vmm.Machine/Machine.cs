@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Collections.Generic;
+using System.Threading;
+using Vmm.Core;
+using Vmm.Memory;
+
+namespace Vmm.Machine;
+
+// Theory. A Machine is guest memory, address maps, a clock, devices and vCPU threads, put together by MachineBuilder. It is
+// always in one of three conditions: paused (no vCPU runs, guest time stands still, devices are paused), running, or
+// stopped (has a result; never runs again). Paused is where state may be looked at, saved, loaded and reset.
+//
+// Order when pausing: vCPUs park, then the clock stops, then devices pause; resuming goes the other way round. Requests to
+// stop come from anywhere, often from a vCPU thread in the middle of a port write; they only set the result and wake
+// whoever waits in Run, so that nothing is torn down under a caller's feet.
+//
+// Locks: _control serialises pause, resume, reset and stop among themselves. It is never taken on a vCPU or clock thread.
+
+/// <summary>A virtual machine that has been put together. Thread-safe.</summary>
+public sealed class Machine : IVcpuOwner, IDisposable
+{
+    private readonly Lock _control = new();
+    private readonly MachineParts _parts;
+    private readonly List<VcpuThread> _threads = [];
+    private readonly ManualResetEventSlim _stopped = new(false);
+    private MachineResult? _result;
+    private int _deadHalts;
+    private bool _running;
+    private bool _started;
+    private bool _disposed;
+    private long _completions;
+
+    internal Machine(MachineParts parts)
+    {
+        _parts = parts;
+        for (int i = 0; i < parts.Vcpus.Count; i++)
+        {
+            ICpuInterruptPort? port = parts.Ports.Count > i ? parts.Ports[i] : null;
+            _threads.Add(new VcpuThread(parts.Vcpus[i], port, parts.CpuSignature, this));
+        }
+    }
+
+    /// <summary>Guest memory.</summary>
+    public GuestMemory Memory => _parts.Memory;
+
+    /// <summary>Guest time.</summary>
+    public IClock Clock => _parts.Clock;
+
+    /// <summary>All devices, in the order of their making.</summary>
+    public IReadOnlyList<IDevice> Devices => _parts.Devices;
+
+    /// <summary>"kvm" or "soft".</summary>
+    public string DriverName => _parts.Hypervisor.Name;
+
+    /// <summary>Number of vCPUs.</summary>
+    public int CpuCount => _threads.Count;
+
+    /// <summary>True while vCPUs run.</summary>
+    public bool IsRunning => Volatile.Read(ref _running);
+
+    /// <summary>Instructions that the driver could not execute and the software CPU did.</summary>
+    public long Completions => Interlocked.Read(ref _completions);
+
+    /// <summary>The result once the machine has stopped.</summary>
+    public MachineResult? Result => Volatile.Read(ref _result);
+
+    /// <summary>Starts or continues.</summary>
+    public void Resume()
+    {
+        lock (_control)
+        {
+            if (_running || Result is not null)
+            {
+                return;
+            }
+
+            foreach (IDevice device in _parts.Devices)
+            {
+                device.Resume();
+            }
+
+            _parts.Clock.Resume();
+            Volatile.Write(ref _running, true);
+            foreach (VcpuThread thread in _threads)
+            {
+                if (!_started)
+                {
+                    thread.Start();
+                    thread.WaitParked();
+                }
+
+                thread.Continue();
+            }
+
+            _started = true;
+        }
+    }
+
+    /// <summary>Stops guest time and execution; when it returns nothing moves any more.</summary>
+    public void Pause()
+    {
+        lock (_control)
+        {
+            if (!_running)
+            {
+                return;
+            }
+
+            foreach (VcpuThread thread in _threads)
+            {
+                thread.RequestPause();
+            }
+
+            foreach (VcpuThread thread in _threads)
+            {
+                thread.WaitParked();
+            }
+
+            _parts.Clock.Pause();
+            foreach (IDevice device in _parts.Devices)
+            {
+                device.Pause();
+            }
+
+            Volatile.Write(ref _running, false);
+        }
+    }
+
+    /// <summary>Runs until something stops the machine.</summary>
+    public MachineResult Run()
+    {
+        Resume();
+        _stopped.Wait();
+        return Result!;
+    }
+
+    /// <summary>Waits until the machine has stopped.</summary>
+    /// <returns>False when the time was up.</returns>
+    public bool WaitStopped(TimeSpan timeout) => _stopped.Wait(timeout);
+
+    /// <summary>Stops for good. Any thread, also a vCPU's; the first caller's reason counts.</summary>
+    public void Stop(MachineResult result)
+    {
+        if (Interlocked.CompareExchange(ref _result, result, null) is null)
+        {
+            foreach (VcpuThread thread in _threads)
+            {
+                thread.RequestPause();
+            }
+
+            _stopped.Set();
+        }
+    }
+
+    /// <summary>Presses the power button: asks the guest to shut down.</summary>
+    public void PressPowerButton() => _parts.PowerButton?.Invoke();
+
+    /// <summary>Reads what the driver logged into the page flags (display, snapshots).</summary>
+    public void CollectDirty() => _parts.Slots.CollectDirty();
+
+    /// <inheritdoc/>
+    public void Dispose()
+    {
+        lock (_control)
+        {
+            if (_disposed)
+            {
+                return;
+            }
+
+            _disposed = true;
+        }
+
+        Stop(MachineResult.For(StopReason.Quit));
+        foreach (VcpuThread thread in _threads)
+        {
+            thread.Dispose();
+        }
+
+        _parts.Clock.Dispose();
+        for (int i = _parts.Devices.Count - 1; i >= 0; i--)
+        {
+            _parts.Devices[i].Dispose();
+        }
+
+        _parts.Vm.Dispose();
+        foreach (IDisposable resource in _parts.Resources)
+        {
+            resource.Dispose();
+        }
+
+        _parts.Hypervisor.Dispose();
+        _stopped.Dispose();
+    }
+
+    /// <inheritdoc/>
+    void IVcpuOwner.OnShutdown(VcpuThread thread) => Stop(MachineResult.For(
+        StopReason.TripleFault, $"vCPU {thread.Vcpu.Index}: triple fault"));
+
+    /// <inheritdoc/>
+    void IVcpuOwner.OnFailed(VcpuThread thread, string message) => Stop(MachineResult.For(
+        StopReason.Error, $"vCPU {thread.Vcpu.Index}: {message}"));
+
+    /// <inheritdoc/>
+    void IVcpuOwner.OnDeadHalt(VcpuThread thread, bool isDead)
+    {
+        int dead = isDead ? Interlocked.Increment(ref _deadHalts) : Interlocked.Decrement(ref _deadHalts);
+        if (isDead && dead == _threads.Count)
+        {
+            Stop(MachineResult.For(StopReason.Halt));
+        }
+    }
+
+    /// <inheritdoc/>
+    bool IVcpuOwner.TryComplete(VcpuThread thread, in VcpuExit exit, out string failure)
+    {
+        Interlocked.Increment(ref _completions);
+        return _parts.Completer.TryComplete(thread.Vcpu, exit, out failure);
+    }
+}

@@ -1,0 +1,55 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Collections.Generic;
+using Vmm.Core;
+using Vmm.Memory;
+
+namespace Vmm.Machine;
+
+/// <summary>Executes instructions that a driver cannot (the plan's "completion").</summary>
+internal interface ICompleter
+{
+    /// <summary>Executes the instruction at the vCPU's RIP and moves on.</summary>
+    /// <returns>False, with a line for people, when it cannot be executed either.</returns>
+    bool TryComplete(IVcpu vcpu, in VcpuExit exit, out string failure);
+}
+
+/// <summary>What MachineBuilder hands to a Machine.</summary>
+internal sealed class MachineParts
+{
+    /// <summary>The driver; owned.</summary>
+    public required IHypervisor Hypervisor { get; init; }
+
+    /// <summary>The driver's VM; owned.</summary>
+    public required IVm Vm { get; init; }
+
+    /// <summary>The slots of the VM.</summary>
+    public required MemorySlots Slots { get; init; }
+
+    /// <summary>Guest memory.</summary>
+    public required GuestMemory Memory { get; init; }
+
+    /// <summary>Guest time; owned.</summary>
+    public required MachineClock Clock { get; init; }
+
+    /// <summary>Completion.</summary>
+    public required ICompleter Completer { get; init; }
+
+    /// <summary>CPUID leaf 1's EAX.</summary>
+    public uint CpuSignature { get; init; }
+
+    /// <summary>vCPUs; owned by their threads.</summary>
+    public List<IVcpu> Vcpus { get; } = [];
+
+    /// <summary>Interrupt ports of the vCPUs; empty unless the local APICs are ours.</summary>
+    public List<ICpuInterruptPort> Ports { get; } = [];
+
+    /// <summary>Devices in the order of their making; owned.</summary>
+    public List<IDevice> Devices { get; } = [];
+
+    /// <summary>RAM blocks and back ends; owned, disposed last.</summary>
+    public List<IDisposable> Resources { get; } = [];
+
+    /// <summary>Presses the power button.</summary>
+    public Action? PowerButton { get; set; }
+}
