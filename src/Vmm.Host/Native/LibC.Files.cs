@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System.Runtime.InteropServices;
+
+namespace Vmm.Host.Native;
+
+internal static unsafe partial class LibC
+{
+    internal const int LockShared = 1;
+    internal const int LockExclusive = 2;
+    internal const int LockNonBlocking = 4;
+    internal const int LockUnlock = 8;
+    internal const int GetFlags = 3;
+    internal const int SetFlags = 4;
+    internal const int FallocKeepSize = 1;
+    internal const int FallocPunchHole = 2;
+    internal const int FallocZeroRange = 16;
+
+    [LibraryImport("libc", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
+    internal static partial int open(string path, int flags, int mode);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial int close(int fd);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial nint read(int fd, byte* buffer, nuint length);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial nint write(int fd, byte* buffer, nuint length);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial nint readv(int fd, IoVector* vectors, int count);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial nint writev(int fd, IoVector* vectors, int count);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial nint preadv(int fd, IoVector* vectors, int count, long offset);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial nint pwritev(int fd, IoVector* vectors, int count, long offset);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial int fsync(int fd);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial int fdatasync(int fd);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial int posix_fallocate(int fd, long offset, long length);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial int fallocate(int fd, int mode, long offset, long length);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial int fcntl(int fd, int command, nint argument);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial int flock(int fd, int operation);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial int pipe2(int* descriptors, int flags);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial int eventfd(uint initial, int flags);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial int poll(PollFd* descriptors, nuint count, int timeoutMs);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial int isatty(int fd);
+
+    /// <summary>struct iovec.</summary>
+    [StructLayout(LayoutKind.Sequential)]
+    internal struct IoVector
+    {
+        internal nint Base;
+        internal nuint Length;
+    }
+
+    /// <summary>struct pollfd.</summary>
+    [StructLayout(LayoutKind.Sequential)]
+    internal struct PollFd
+    {
+        internal int Fd;
+        internal short Events;
+        internal short Returned;
+    }
+
+    /// <summary>struct flock of Linux (illumos adds fields behind it).</summary>
+    [StructLayout(LayoutKind.Sequential)]
+    internal struct FileLock
+    {
+        internal short Type;
+        internal short Whence;
+        internal long Start;
+        internal long Length;
+        internal int SystemOrPid;
+        internal int Pid;
+        internal fixed long Padding[4];
+    }
+}
