@@ -1,0 +1,275 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System.Runtime.CompilerServices;
+using System.Runtime.InteropServices;
+using System.Threading;
+using Vmm.Memory;
+
+namespace Vmm.X86;
+
+// The decoded-block cache of one vCPU. Blocks live in an arena of unmanaged memory that is only ever appended to; when it
+// is full everything is forgotten at once. Two indices lead to a block:
+//   the hash    (guest-physical address, mode key): survives every change of address space,
+//   the jumps   (linear address, address space, mode key): what an indirect or cross-page jump asks first. It is laid
+//               out as rows of 64 entries per page so that INVLPG clears two rows.
+// Blocks link to each other directly where both lie in one page (then the link is independent of the address space).
+//
+// Staleness. A block remembers the generation of its page's CodeInfo; entering it compares. Whoever writes to a page
+// whose PageFlags has Code set, and hits a granule with code, clears the marks and then counts the generation up.
+// Decoding marks first, then reads generation and bytes, then checks that the marks are still there.
+//
+// A store on another vCPU may have looked at the flags before we set Code and land after we read the bytes. Such a
+// block must not live for ever: with more than one vCPU it starts as "young", which makes every entry compare its
+// bytes with memory, until all vCPUs have passed a dispatch since.
+
+/// <summary>Mode bits that decoded code depends on.</summary>
+internal static class BlockKey
+{
+    /// <summary>0: 16-bit, 1: 32-bit, 2: 64-bit code.</summary>
+    public const uint SizeMask = 3;
+
+    /// <summary>SS.B: 32-bit stack pointer (outside 64-bit mode).</summary>
+    public const uint Stack32 = 4;
+
+    /// <summary>ES, DS, SS and CS have base 0 and no effective limit.</summary>
+    public const uint Flat = 8;
+
+    /// <summary>One instruction per block.</summary>
+    public const uint Single = 16;
+
+    /// <summary>CPL 3.</summary>
+    public const uint User = 32;
+}
+
+/// <summary>A decoded basic block.</summary>
+internal unsafe struct Block
+{
+    /// <summary>Generation of a block whose bytes are compared at every entry.</summary>
+    public const int Young = -1;
+
+    /// <summary>Generation of a block that must not be used any more.</summary>
+    public const int Dead = -2;
+
+    public int Generation;
+
+    /// <summary>Records without the terminator.</summary>
+    public int Count;
+
+    /// <summary>Points at the page's CodeInfo.Generation.</summary>
+    public int* PageGeneration;
+
+    /// <summary>Unused; so that a Status indexes the links.</summary>
+    public Block* Link0;
+
+    /// <summary>Successor for <see cref="Status.Taken"/>.</summary>
+    public Block* Link1;
+
+    /// <summary>Successor for <see cref="Status.NotTaken"/>.</summary>
+    public Block* Link2;
+
+    public Insn* First;
+    public ulong Physical;
+    public uint Key;
+
+    /// <summary>Guest code bytes.</summary>
+    public int Bytes;
+
+    /// <summary>The page's generation when the bytes were read (for young blocks).</summary>
+    public int DecodedGeneration;
+
+    /// <summary>Only entered through the jump cache or the hash; holds an instruction that crosses into another page.</summary>
+    public int Crosses;
+
+    /// <summary>Page of the crossing instruction's tail.</summary>
+    public ulong Physical2;
+    public int Generation2;
+    public int* PageGeneration2;
+    public Block* HashNext;
+
+    /// <summary>Copy of the guest's bytes.</summary>
+    public byte* Source;
+
+    /// <summary>VmShared.Epoch when it was decoded.</summary>
+    public long Epoch;
+}
+
+/// <summary>A jump-cache entry.</summary>
+internal unsafe struct JumpEntry
+{
+    public ulong Linear;
+
+    /// <summary>Address space in the high half, mode key in the low.</summary>
+    public ulong Context;
+    public Block* Target;
+    public ulong Unused;
+}
+
+/// <summary>Unmanaged part of the cache, embedded in the context.</summary>
+internal unsafe struct BlockCache
+{
+    public const int Rows = 128;
+    public const int RowEntries = 64;
+    public const int Buckets = 1 << 16;
+    public const long ArenaBytes = 96L << 20;
+
+    public JumpEntry* Jumps;
+    public Block** Hash;
+    public byte* Arena;
+    public long Used;
+
+    /// <summary>Blocks decoded, for statistics.</summary>
+    public long Decoded;
+
+    /// <summary>Times that the arena filled up.</summary>
+    public long Overflows;
+
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public readonly JumpEntry* JumpSlot(ulong linear)
+    {
+        ulong row = (linear >> 12) ^ (linear >> 19);
+        ulong column = linear ^ (linear >> 6);
+        return Jumps + (((row & (Rows - 1)) * RowEntries) + (column & (RowEntries - 1)));
+    }
+
+    /// <summary>Drops jump-cache entries of a page and of instructions that cross into it.</summary>
+    public readonly void ForgetPage(ulong linear)
+    {
+        ForgetRow(linear);
+        ForgetRow(linear - 4096);
+    }
+
+    /// <summary>Drops the jump cache.</summary>
+    public readonly void ForgetAll() =>
+        Unsafe.InitBlock(Jumps, 0, (uint)(sizeof(JumpEntry) * Rows * RowEntries));
+
+    /// <summary>Drops all blocks. Not while one is running.</summary>
+    public void Clear()
+    {
+        ForgetAll();
+        NativeMemory.Clear(Hash, (nuint)(Buckets * sizeof(Block*)));
+        Used = 0;
+    }
+
+    /// <summary>Takes aligned memory from the arena; null when it is full.</summary>
+    public byte* Allocate(long bytes)
+    {
+        bytes = (bytes + 63) & ~63L;
+        if (Used + bytes > ArenaBytes)
+        {
+            return null;
+        }
+
+        byte* at = Arena + Used;
+        Used += bytes;
+        return at;
+    }
+
+    public readonly Block* Lookup(ulong physical, uint key)
+    {
+        Block* block = Hash[Bucket(physical, key)];
+        while (block != null && (block->Physical != physical || block->Key != key))
+        {
+            block = block->HashNext;
+        }
+
+        return block;
+    }
+
+    public readonly void Insert(Block* block)
+    {
+        Block** bucket = &Hash[Bucket(block->Physical, block->Key)];
+        Block** at = bucket;
+        while (*at != null)
+        {
+            // Replaces a stale block of the same name.
+            if ((*at)->Physical == block->Physical && (*at)->Key == block->Key)
+            {
+                *at = (*at)->HashNext;
+                break;
+            }
+
+            at = &(*at)->HashNext;
+        }
+
+        block->HashNext = *bucket;
+        *bucket = block;
+    }
+
+    private static uint Bucket(ulong physical, uint key)
+    {
+        ulong mixed = (physical + key) * 0x9E3779B97F4A7C15;
+        return (uint)(mixed >> 48) & (Buckets - 1);
+    }
+
+    private readonly void ForgetRow(ulong linear)
+    {
+        ulong row = ((linear >> 12) ^ (linear >> 19)) & (Rows - 1);
+        Unsafe.InitBlock(Jumps + (row * RowEntries), 0, (uint)(sizeof(JumpEntry) * RowEntries));
+    }
+}
+
+/// <summary>Marks and invalidates code in host pages.</summary>
+internal static unsafe class CodePages
+{
+    /// <summary>The bookkeeping of a host page; never null, shared with pages that hash alike.</summary>
+    public static CodeInfo* Info(VmShared* shared, byte* host)
+    {
+        ulong page = (ulong)host >> 12;
+        return shared->Code + ((page ^ (page >> 16)) & (VmShared.CodeEntries - 1));
+    }
+
+    /// <summary>Granules of the bytes within the page.</summary>
+    public static long Mask(byte* host, int length)
+    {
+        int first = (int)((ulong)host & 0xFFF) >> 6;
+        int last = ((int)((ulong)host & 0xFFF) + length - 1) >> 6;
+        last = last > 63 ? 63 : last;
+        ulong mask = ulong.MaxValue << first;
+        mask &= ulong.MaxValue >> (63 - last);
+        return (long)mask;
+    }
+
+    /// <summary>
+    /// Called before (vCPUs) or after (devices) a write to a page whose Code flag is set.
+    /// <paramref name="cpu"/> is the writing vCPU.
+    /// </summary>
+    public static void Invalidate(CpuContext* cpu, byte* host, byte* flags, int length)
+    {
+        CodeInfo* info = Info(cpu->Shared, host);
+        if (!Invalidate(info, host, flags, length))
+        {
+            return;
+        }
+
+        Block* block = cpu->CurrentBlock;
+        if (block != null &&
+            (block->PageGeneration == &info->Generation || block->PageGeneration2 == &info->Generation))
+        {
+            Stop(block);
+        }
+    }
+
+    /// <summary>The same for writers that are no vCPU.</summary>
+    public static bool Invalidate(CodeInfo* info, byte* host, byte* flags, int length)
+    {
+        if ((Volatile.Read(ref info->Granules) & Mask(host, length)) == 0)
+        {
+            return false;
+        }
+
+        AtomicByte.And(flags, (byte)~PageFlags.Code);
+        Interlocked.Exchange(ref info->Granules, 0);
+        Interlocked.Increment(ref info->Generation);
+        info->Hits++;
+        return true;
+    }
+
+    // The running block was overwritten: what follows the running instruction must be fetched again.
+    private static void Stop(Block* block)
+    {
+        block->Generation = Block.Dead;
+        for (int i = 0; i < block->Count; i++)
+        {
+            (block->First + i)->Handler = &ControlTransfer.EndOfBlock;
+        }
+    }
+}

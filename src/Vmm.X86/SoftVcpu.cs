@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Runtime.CompilerServices;
+using System.Runtime.InteropServices;
+using System.Threading;
+using Vmm.Core;
+
+namespace Vmm.X86;
+
+/// <summary>A virtual processor in software. See <see cref="IVcpu"/>.</summary>
+public sealed unsafe partial class SoftVcpu : IVcpu
+{
+    private readonly ICpuInterruptPort _interrupts;
+    private CpuidEntry[] _cpuid = [];
+    private CpuContext* _cpu;
+    private GCHandle _handle;
+    private bool _pending;
+    private byte _pendingVector;
+    private byte _pendingType;
+    private bool _pendingHasError;
+    private uint _pendingError;
+
+    internal SoftVcpu(SoftVm vm, int index, ICpuInterruptPort interrupts)
+    {
+        Vm = vm;
+        Index = index;
+        _interrupts = interrupts;
+        _handle = GCHandle.Alloc(this);
+        _cpu = Allocate<CpuContext>(1, 4096);
+        _cpu->OwnerHandle = GCHandle.ToIntPtr(_handle);
+        _cpu->Shared = vm.Shared;
+        _cpu->Tlbs = Allocate<TlbEntry>(TlbEntry.Count * TlbEntry.Tables, 4096);
+        _cpu->PcidAsids = Allocate<ushort>(Asids.Pcids, 64);
+        _cpu->Blocks.Jumps = Allocate<JumpEntry>(BlockCache.Rows * BlockCache.RowEntries, 64);
+        _cpu->Blocks.Hash = (Block**)Allocate<nint>(BlockCache.Buckets, 64);
+        _cpu->Blocks.Arena = (byte*)NativeMemory.AlignedAlloc((nuint)BlockCache.ArenaBytes, 64);
+        _cpu->Safe = 1;
+        SetCpuid(CpuidTable.Build().ToArray());
+        PowerOn();
+    }
+
+    /// <inheritdoc/>
+    public int Index { get; }
+
+    internal SoftVm Vm { get; }
+
+    internal CpuContext* Context => _cpu;
+
+    internal ICpuInterruptPort Interrupts => _interrupts;
+
+    internal bool HasFlushed =>
+        (Volatile.Read(ref _cpu->Request) & RequestBits.FlushAll) == 0 || Volatile.Read(ref _cpu->Safe) != 0;
+
+    /// <inheritdoc/>
+    public void Kick() => Interlocked.Or(ref _cpu->Request, RequestBits.Kick);
+
+    /// <inheritdoc/>
+    public void SetCpuid(ReadOnlySpan<CpuidEntry> entries)
+    {
+        _cpuid = entries.ToArray();
+        _cpu->Features = CpuidTable.Features(FindCpuid);
+        uint sizes = FindCpuid(0x80000008, 0).Eax;
+        int bits = (int)(sizes & 0xFF);
+        _cpu->PhysicalBits = bits is >= 32 and <= 52 ? bits : 36;
+        _cpu->PhysicalMask = (1UL << _cpu->PhysicalBits) - 1;
+        Paging.FlushAll(_cpu);
+    }
+
+    /// <summary>A CPUID leaf; all zero when there is none.</summary>
+    internal CpuidEntry FindCpuid(uint function, uint index)
+    {
+        foreach (ref readonly CpuidEntry entry in _cpuid.AsSpan())
+        {
+            if (entry.Function == function && (!entry.HasIndex || entry.Index == index))
+            {
+                return entry;
+            }
+        }
+
+        return default;
+    }
+
+    /// <summary>The time stamp counter: guest time at the stated frequency plus this vCPU's offset.</summary>
+    internal ulong ReadTsc()
+    {
+        ulong nanoseconds = (ulong)Vm.Clock.NowNs;
+        ulong ticks = Vm.TscKhz == 1_000_000
+            ? nanoseconds
+            : (ulong)((UInt128)nanoseconds * (ulong)Vm.TscKhz / 1_000_000);
+        return ticks + _cpu->Msr.TscOffset;
+    }
+
+    /// <summary>Frees the state. Not while Run executes.</summary>
+    public void Dispose()
+    {
+        if (_cpu == null)
+        {
+            return;
+        }
+
+        NativeMemory.AlignedFree(_cpu->Tlbs);
+        NativeMemory.AlignedFree(_cpu->PcidAsids);
+        NativeMemory.AlignedFree(_cpu->Blocks.Jumps);
+        NativeMemory.AlignedFree(_cpu->Blocks.Hash);
+        NativeMemory.AlignedFree(_cpu->Blocks.Arena);
+        NativeMemory.AlignedFree(_cpu);
+        _cpu = null;
+        _handle.Free();
+    }
+
+    /// <summary>The vCPU that owns a context.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    internal static SoftVcpu From(CpuContext* cpu) =>
+        Unsafe.As<SoftVcpu>(GCHandle.FromIntPtr(cpu->OwnerHandle).Target!);
+
+    internal void RequestFlush() => Interlocked.Or(ref _cpu->Request, RequestBits.FlushAll);
+
+    /// <summary>Memory slots changed: forget every host pointer.</summary>
+    internal void FlushRequested()
+    {
+        // Cleared first: a request that comes in between causes one more flush. The slot table's pointer is read
+        // anew by every access, so nothing else is cached.
+        Interlocked.And(ref _cpu->Request, ~RequestBits.FlushAll);
+        Paging.FlushAll(_cpu);
+        _cpu->Blocks.ForgetAll();
+        Interlocked.Or(ref _cpu->Request, RequestBits.Look);
+    }
+
+    internal ulong MmioRead(ulong physical, AccessWidth width)
+    {
+        if ((physical & ~Mem.PageOffset) == _cpu->ApicPage)
+        {
+            uint offset = (uint)(physical & Mem.PageOffset);
+            return _interrupts.Registers.Read(offset, width);
+        }
+
+        return Vm.Mmio.Read(physical, width);
+    }
+
+    internal void MmioWrite(ulong physical, AccessWidth width, ulong value)
+    {
+        if ((physical & ~Mem.PageOffset) == _cpu->ApicPage)
+        {
+            uint offset = (uint)(physical & Mem.PageOffset);
+            _interrupts.Registers.Write(offset, width, value);
+
+            // EOI, TPR and self-IPIs may make something deliverable.
+            _cpu->InterruptHint = 1;
+            Interlocked.Or(ref _cpu->Request, RequestBits.Look);
+            return;
+        }
+
+        Vm.Mmio.Write(physical, width, value);
+    }
+
+    private static T* Allocate<T>(int count, nuint alignment)
+        where T : unmanaged
+    {
+        nuint bytes = (nuint)sizeof(T) * (nuint)count;
+        void* memory = NativeMemory.AlignedAlloc(bytes, alignment);
+        NativeMemory.Clear(memory, bytes);
+        return (T*)memory;
+    }
+}
