@@ -28,6 +28,7 @@
 #include "vmk_types.h"
 #include "vmk_os.h"
 #include "kvm_abi.h"
+#include "vmk_decode.h"
 
 #define	VMK_MAX_VCPUS		64
 #define	VMK_MAX_SLOTS		512
@@ -155,8 +156,7 @@ struct vmk_mem {
 	unsigned int	 nsorted;
 	uint64_t	*npt;			/* root table */
 	uint64_t	 npt_pa;
-	uint64_t	 pinned;		/* pages, against the quota */
-	bool		 dead;			/* the address space is gone */
+	uint64_t	 ntables;		/* table pages, root included */
 };
 
 /* ---- vCPU -------------------------------------------------------------- */
@@ -168,14 +168,6 @@ struct vmk_mem {
 #define	VMK_REQ_SIPI		0x08U
 #define	VMK_REQ_EOI		0x10U	/* KVM_EXIT_IOAPIC_EOI is due */
 #define	VMK_REQ_TRIPLE		0x20U
-
-/* What the next RUN has to finish before it enters the guest. */
-enum vmk_pending {
-	VMK_PEND_NONE,
-	VMK_PEND_PIO_IN,	/* bytes of the PIO page into a register */
-	VMK_PEND_STRING,	/* one iteration of INS/OUTS */
-	VMK_PEND_MMIO,		/* next fragment of an MMIO access */
-};
 
 struct vmk_segment {
 	uint64_t	base;
@@ -208,13 +200,39 @@ struct vmk_event_state {
 	bool		nmi_masked;
 };
 
-/* An access that user space completes, in fragments of at most 8 bytes. */
-struct vmk_mmio {
-	uint64_t	gpa[2];		/* an access touches at most 2 pages */
-	uint8_t		len[2];
-	uint8_t		nfrag, cur, size;
-	bool		write;
-	uint8_t		data[16];
+/* What the next RUN has to finish before it enters the guest. */
+enum vmk_pending {
+	VMK_PEND_NONE,
+	VMK_PEND_PIO_IN,	/* a word of the PIO page into RAX */
+	VMK_PEND_INS,		/* words of the PIO page into guest memory */
+	VMK_PEND_MMIO_READ,	/* a fragment has been read */
+	VMK_PEND_MMIO_WRITE	/* a fragment has been written */
+};
+
+/*
+ * An instruction under emulation (vmk_emul.c).  An access that user space
+ * completes is cut into fragments of at most 8 bytes that lie in one page;
+ * no operand here is longer than 8 bytes, so two always suffice.
+ */
+struct vmk_emul {
+	enum vmk_pending pending;
+	struct vmk_insn	 insn;
+	uint64_t	 next_rip;
+	/* memory operand, and MOVS' source */
+	struct {
+		uint64_t	gpa;
+		uint8_t		len;
+	} frag[2];
+	uint8_t		 nfrag, cur;
+	uint8_t		 data[8];
+	/* results that the commit stores */
+	bool		 set_reg, set_flags;
+	uint64_t	 reg_value, flags;
+	uint64_t	 rip;		/* to which pending belongs */
+	/* port access */
+	uint16_t	 port;
+	uint8_t		 size;
+	uint32_t	 count;
 };
 
 struct vmk_object {
@@ -266,17 +284,12 @@ struct vmk_vcpu {
 	struct abi_cpuid_entry2 *cpuid;
 	uint32_t	 ncpuid;
 	bool		 has_run;
+	bool		 want_window;	/* request_interrupt_window */
+	int		 run_error;
 	uint32_t	 guest_debug;	/* ABI_GUESTDBG_* */
+	bool		 debug_stepped;
 	uint64_t	 debug_dr[8];
-	enum vmk_pending pending;
-	struct vmk_mmio	 mmio;
-	struct {
-		uint16_t	port;
-		uint8_t		size;
-		bool		in;
-		uint64_t	next_rip;
-		uint32_t	count;
-	} pio;
+	struct vmk_emul	 em;
 	void		*arch;		/* struct svm_vcpu, struct vmx_vcpu */
 };
 
@@ -323,7 +336,7 @@ void	vmk_vm_put(struct vmk_vm *);
 
 /* ---- vmk_vcpu.c: any context, any thread ------------------------------- */
 
-static inline struct vmk_vcpu *
+static inline __attribute__((__unused__)) struct vmk_vcpu *
 vmk_vcpu_at(struct vmk_vm *vm, uint32_t index)
 {
 	if (index >= __atomic_load_n(&vm->nvcpus, __ATOMIC_ACQUIRE))
@@ -343,7 +356,10 @@ void	vmk_vcpu_report_eoi(struct vmk_vcpu *, uint8_t vector);
 /* ---- vmk_mem.c ---------------------------------------------------------- */
 
 int	vmk_mem_init(struct vmk_vm *);
+/* Drop all slots; then, after vmk_mm_detach(), the rest. */
 void	vmk_mem_fini(struct vmk_vm *);
+void	vmk_mem_free(struct vmk_vm *);
+uint64_t vmk_mem_charged(void);
 int	vmk_mem_set_region(struct vmk_vm *, const struct abi_memory_region *);
 int	vmk_mem_get_dirty(struct vmk_vm *, const struct abi_dirty_log *);
 /* What became of a nested page fault. */
@@ -359,6 +375,97 @@ enum vmk_fault vmk_mem_fault(struct vmk_vm *, uint64_t gpa, bool write,
 int	vmk_gpa_read(struct vmk_vm *, uint64_t gpa, void *, size_t);
 int	vmk_gpa_write(struct vmk_vm *, uint64_t gpa, const void *, size_t);
 /* Set bits in a 4- or 8-byte guest word atomically (accessed, dirty). */
-int	vmk_gpa_or(struct vmk_vm *, uint64_t gpa, uint64_t bits, bool wide);
+int	vmk_gpa_or(struct vmk_vm *, uint64_t gpa, uint32_t bits, bool wide);
+/* Make every vCPU forget translations; returns when all have left the guest. */
+void	vmk_vm_flush(struct vmk_vm *);
+/* Host memory went away (vmk_unmap_fn; arg is the machine). */
+void	vmk_mem_unmapped(void *arg, uint64_t hva, uint64_t len);
+
+/* ---- vmk_vcpu.c: creation and state ------------------------------------ */
+
+int	vmk_vcpu_create(struct vmk_vm *, uint32_t id, int *fd);
+void	vmk_vcpu_destroy(struct vmk_vcpu *);
+void	vmk_vcpu_reset(struct vmk_vcpu *, bool init);
+int	vmk_vcpu_ioctl(struct vmk_vcpu *, uint32_t request, uint64_t arg,
+	    int *result);
+
+/* ---- vmk_run.c ---------------------------------------------------------- */
+
+int	vmk_vcpu_run(struct vmk_vcpu *);
+/* Queue an exception; combines with one under way (SDM 3A table 6-5). */
+void	vmk_inject(struct vmk_vcpu *, uint8_t vector, bool has_error,
+	    uint32_t error);
+void	vmk_inject_gp(struct vmk_vcpu *);
+void	vmk_inject_ud(struct vmk_vcpu *);
+void	vmk_inject_pf(struct vmk_vcpu *, uint64_t gva, uint32_t error);
+/* Fill run->internal and return VMK_RUN_USER. */
+enum vmk_next { VMK_RUN_AGAIN, VMK_RUN_USER };
+enum vmk_next vmk_exit_emulation(struct vmk_vcpu *, const uint8_t *bytes,
+	    unsigned int n);
+
+/* ---- vmk_emul.c ---------------------------------------------------------- */
+
+/* Processor mode of the code segment: 16, 32 or 64. */
+unsigned int vmk_code_bits(struct vmk_vcpu *);
+unsigned int vmk_cpl(struct vmk_vcpu *);
+#define	VMK_WALK_WRITE	1U
+#define	VMK_WALK_USER	2U
+#define	VMK_WALK_FETCH	4U
+#define	VMK_WALK_PROBE	8U	/* leave accessed and dirty bits alone */
+/*
+ * Translate a linear address.  0; VMK_EFAULT with *pf_error set: a page fault
+ * for the guest; VMK_ENXIO: the tables are not in memory.
+ */
+int	vmk_walk(struct vmk_vcpu *, uint64_t gva, unsigned int flags,
+	    uint64_t *gpa, uint32_t *pf_error);
+/* Arithmetic with flags; pure. */
+uint64_t vmk_alu(unsigned int op, uint64_t a, uint64_t b, unsigned int size,
+	    uint64_t *flags);
+/* Fetch up to 15 bytes at RIP; returns how many came. */
+unsigned int vmk_fetch(struct vmk_vcpu *, uint8_t bytes[VMK_INSN_MAX]);
+/* Move RIP past the instruction there, whose length nobody told us. */
+enum vmk_next vmk_skip(struct vmk_vcpu *);
+void	vmk_advance(struct vmk_vcpu *, uint64_t next_rip);
+enum vmk_next vmk_emul_mmio(struct vmk_vcpu *);
+enum vmk_next vmk_emul_cr(struct vmk_vcpu *);
+enum vmk_next vmk_emul_io(struct vmk_vcpu *, uint16_t port, unsigned int size,
+	    bool in, bool string, uint64_t next_rip);
+/* Finish what the last exit left to user space. */
+enum vmk_next vmk_emul_resume(struct vmk_vcpu *);
+
+/* ---- vmk_io.c ------------------------------------------------------------ */
+
+/* Bindings that take a guest write without a trip to user space. */
+bool	vmk_io_write(struct vmk_vm *, bool pio, uint64_t addr, uint32_t len,
+	    uint64_t data);
+int	vmk_ioeventfd(struct vmk_vm *, const struct abi_ioeventfd *);
+int	vmk_coalesced(struct vmk_vm *, const struct abi_coalesced_zone *,
+	    bool add);
+void	vmk_io_fini(struct vmk_vm *);
+
+/* ---- vmk_cpuid.c ----------------------------------------------------------- */
+
+void	vmk_cpuid_init(void);
+/* The table for GET_SUPPORTED_CPUID; returns entries, at most max. */
+unsigned int vmk_cpuid_supported(struct abi_cpuid_entry2 *, unsigned int max);
+void	vmk_cpuid(struct vmk_vcpu *, uint32_t leaf, uint32_t subleaf,
+	    uint32_t out[4]);
+uint64_t vmk_cr4_supported(void);
+uint64_t vmk_xcr0_supported(void);
+bool	vmk_xcr0_valid(uint64_t);
+uint32_t vmk_xsave_size(uint64_t xcr0);
+bool	vmk_canonical(uint64_t);
+
+/* ---- vmk_msr.c -------------------------------------------------------------- */
+
+/* host: from KVM_SET_MSRS, not from the guest.  0 or VMK_EINVAL (#GP). */
+int	vmk_msr_get(struct vmk_vcpu *, uint32_t msr, uint64_t *, bool host);
+int	vmk_msr_set(struct vmk_vcpu *, uint32_t msr, uint64_t, bool host);
+const uint32_t *vmk_msr_list(unsigned int *n);
+/* Control-register rules shared by MOV to CR, SET_SREGS and WRMSR. */
+int	vmk_set_cr0(struct vmk_vcpu *, uint64_t);
+int	vmk_set_cr4(struct vmk_vcpu *, uint64_t);
+int	vmk_set_efer(struct vmk_vcpu *, uint64_t);
+int	vmk_set_xcr0(struct vmk_vcpu *, uint32_t index, uint64_t);
 
 #endif /* !VMK_VM_H */

@@ -1,0 +1,86 @@
+/* SPDX-License-Identifier: BSD-2-Clause */
+/*
+ * x86.c: FPU and debug registers around a CPU section.
+ *
+ * Theory.  The host has saved its user's FPU state and lets us use the
+ * registers until vmk_cpu_exit().  The guest's state is kept in a standard
+ * XSAVE area, always with the full set of components that we offer, moved
+ * under the host's XCR0; the guest's own XCR0, which may be smaller, is in
+ * force only while the guest executes.  So a guest that narrows XCR0 and
+ * widens it again finds its registers, and XRSTOR never meets a component
+ * that XCR0 lacks.
+ *
+ * Debug registers 0-3 are not switched by either extension.  The host's are
+ * put aside only if the host uses them; DR7 is cleared first so that no
+ * breakpoint of the guest's can hit in the host, and no host breakpoint in
+ * the guest (APM 2 15.5, SDM 3C 26.3.1).
+ */
+#include "x86.h"
+
+#define	DR_READ(n, v)	__asm__ __volatile__("mov %%dr" #n ", %0" : "=r"(v))
+#define	DR_WRITE(n, v)	__asm__ __volatile__("mov %0, %%dr" #n : : "r"(v))
+
+#define	DR7_ENABLED	0xffU
+
+static void
+xrstor(const uint8_t *area, uint64_t mask)
+{
+	__asm__ __volatile__("xrstor64 %0" : : "m"(*area),
+	    "a"((uint32_t)mask), "d"((uint32_t)(mask >> 32)) : "memory");
+}
+
+static void
+xsave(uint8_t *area, uint64_t mask)
+{
+	__asm__ __volatile__("xsave64 %0" : "+m"(*area)
+	    : "a"((uint32_t)mask), "d"((uint32_t)(mask >> 32)) : "memory");
+}
+
+static void
+drs_write(const uint64_t dr[4])
+{
+	DR_WRITE(0, dr[0]);
+	DR_WRITE(1, dr[1]);
+	DR_WRITE(2, dr[2]);
+	DR_WRITE(3, dr[3]);
+}
+
+static void
+drs_read(uint64_t dr[4])
+{
+	DR_READ(0, dr[0]);
+	DR_READ(1, dr[1]);
+	DR_READ(2, dr[2]);
+	DR_READ(3, dr[3]);
+}
+
+void
+x86_load(struct vmk_vcpu *vcpu, struct x86_host *h)
+{
+	DR_READ(7, h->dr7);
+	if ((h->dr7 & DR7_ENABLED) != 0) {
+		DR_WRITE(7, 0UL);
+		drs_read(h->dr);
+	}
+	drs_write((vcpu->guest_debug & ABI_GUESTDBG_USE_HW_BP) != 0 ?
+	    vcpu->debug_dr : vcpu->dr);
+	h->xcr0 = xgetbv();
+	xrstor(vcpu->xsave, vmk_xcr0_supported());
+	if (vcpu->xcr0 != h->xcr0)
+		xsetbv(vcpu->xcr0);
+}
+
+void
+x86_unload(struct vmk_vcpu *vcpu, struct x86_host *h)
+{
+	/* The guest may have changed XCR0 inside this section. */
+	if (xgetbv() != h->xcr0)
+		xsetbv(h->xcr0);
+	xsave(vcpu->xsave, vmk_xcr0_supported());
+	if ((vcpu->guest_debug & ABI_GUESTDBG_USE_HW_BP) == 0)
+		drs_read(vcpu->dr);
+	if ((h->dr7 & DR7_ENABLED) != 0) {
+		drs_write(h->dr);
+		DR_WRITE(7, h->dr7);
+	}
+}

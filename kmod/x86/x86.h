@@ -1,0 +1,85 @@
+/* SPDX-License-Identifier: BSD-2-Clause */
+/*
+ * x86.h: processor instructions that SVM and VMX both need, and the FPU and
+ * debug-register switch around a CPU section (x86.c).
+ */
+#ifndef VMK_X86_H
+#define	VMK_X86_H
+
+#include "vmk_arch.h"
+
+#define	MSR_EFER	0xc0000080U
+#define	MSR_PRED_CMD	0x49U
+#define	PRED_CMD_IBPB	1U
+
+static inline uint64_t
+rdmsr(uint32_t msr)
+{
+	uint32_t lo, hi;
+
+	__asm__ __volatile__("rdmsr" : "=a"(lo), "=d"(hi) : "c"(msr));
+	return ((uint64_t)hi << 32 | lo);
+}
+
+static inline void
+wrmsr(uint32_t msr, uint64_t v)
+{
+	__asm__ __volatile__("wrmsr" : : "c"(msr), "a"((uint32_t)v),
+	    "d"((uint32_t)(v >> 32)) : "memory");
+}
+
+static inline uint64_t
+read_cr4(void)
+{
+	uint64_t v;
+
+	__asm__ __volatile__("mov %%cr4, %0" : "=r"(v));
+	return (v);
+}
+
+static inline void
+irq_disable(void)
+{
+	__asm__ __volatile__("cli" : : : "memory");
+}
+
+static inline void
+irq_enable(void)
+{
+	__asm__ __volatile__("sti" : : : "memory");
+}
+
+static inline void
+cpuid(uint32_t leaf, uint32_t sub, uint32_t o[4])
+{
+	__asm__ __volatile__("cpuid" : "=a"(o[0]), "=b"(o[1]), "=c"(o[2]),
+	    "=d"(o[3]) : "a"(leaf), "c"(sub));
+}
+
+static inline void
+xsetbv(uint64_t v)
+{
+	__asm__ __volatile__("xsetbv" : : "c"(0), "a"((uint32_t)v),
+	    "d"((uint32_t)(v >> 32)));
+}
+
+static inline uint64_t
+xgetbv(void)
+{
+	uint32_t lo, hi;
+
+	__asm__ __volatile__("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
+	return ((uint64_t)hi << 32 | lo);
+}
+
+/* What x86_load() put aside for x86_unload(); per vCPU. */
+struct x86_host {
+	uint64_t	xcr0;
+	uint64_t	dr[4];
+	uint64_t	dr7;
+};
+
+void	x86_load(struct vmk_vcpu *, struct x86_host *);
+void	x86_unload(struct vmk_vcpu *, struct x86_host *);
+
+#endif /* !VMK_X86_H */
