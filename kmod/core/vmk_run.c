@@ -451,8 +451,7 @@ serve_exception(struct vmk_vcpu *vcpu, const struct vmk_exit *x)
 {
 	switch (x->vector) {
 	case VMK_DB:
-		if ((vcpu->guest_debug & (ABI_GUESTDBG_SINGLESTEP |
-		    ABI_GUESTDBG_USE_HW_BP)) != 0)
+		if ((vcpu->guest_debug & ABI_GUESTDBG_SINGLESTEP) != 0)
 			return (exit_debug(vcpu, VMK_DB));
 		vmk_inject(vcpu, VMK_DB, false, 0);
 		return (VMK_RUN_AGAIN);

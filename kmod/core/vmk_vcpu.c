@@ -605,14 +605,12 @@ interrupt(struct vmk_vcpu *vcpu, const struct abi_interrupt *a)
 static int
 set_guest_debug(struct vmk_vcpu *vcpu, const struct abi_guest_debug *a)
 {
+	/* Hardware breakpoints would need the guest's own virtualized. */
 	if ((a->control & ~(ABI_GUESTDBG_ENABLE | ABI_GUESTDBG_SINGLESTEP |
-	    ABI_GUESTDBG_USE_SW_BP | ABI_GUESTDBG_USE_HW_BP)) != 0)
-		return (VMK_EINVAL);
-	if ((a->debugreg[7] >> 32) != 0)
+	    ABI_GUESTDBG_USE_SW_BP)) != 0)
 		return (VMK_EINVAL);
 	vcpu->guest_debug = (a->control & ABI_GUESTDBG_ENABLE) != 0 ?
 	    a->control : 0;
-	memcpy(vcpu->debug_dr, a->debugreg, sizeof(vcpu->debug_dr));
 	return (0);
 }
 

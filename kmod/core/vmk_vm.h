@@ -288,7 +288,6 @@ struct vmk_vcpu {
 	int		 run_error;
 	uint32_t	 guest_debug;	/* ABI_GUESTDBG_* */
 	bool		 debug_stepped;
-	uint64_t	 debug_dr[8];
 	struct vmk_emul	 em;
 	void		*arch;		/* struct svm_vcpu, struct vmx_vcpu */
 };

@@ -118,6 +118,7 @@ struct vmk_arch_ops {
 extern const struct vmk_arch_ops *vmk_arch;
 /* The ones that this build has, in the order to try, NULL at the end. */
 extern const struct vmk_arch_ops *const vmk_arch_all[];
+extern struct vmk_arch_ops vmk_svm_ops;
 
 /*
  * vmk_run.c.  Marks the vCPU as in the guest and says whether it may enter;

@@ -62,8 +62,7 @@ x86_load(struct vmk_vcpu *vcpu, struct x86_host *h)
 		DR_WRITE(7, 0UL);
 		drs_read(h->dr);
 	}
-	drs_write((vcpu->guest_debug & ABI_GUESTDBG_USE_HW_BP) != 0 ?
-	    vcpu->debug_dr : vcpu->dr);
+	drs_write(vcpu->dr);
 	h->xcr0 = xgetbv();
 	xrstor(vcpu->xsave, vmk_xcr0_supported());
 	if (vcpu->xcr0 != h->xcr0)
@@ -77,8 +76,7 @@ x86_unload(struct vmk_vcpu *vcpu, struct x86_host *h)
 	if (xgetbv() != h->xcr0)
 		xsetbv(h->xcr0);
 	xsave(vcpu->xsave, vmk_xcr0_supported());
-	if ((vcpu->guest_debug & ABI_GUESTDBG_USE_HW_BP) == 0)
-		drs_read(vcpu->dr);
+	drs_read(vcpu->dr);
 	if ((h->dr7 & DR7_ENABLED) != 0) {
 		drs_write(h->dr);
 		DR_WRITE(7, h->dr7);
