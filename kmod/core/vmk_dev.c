@@ -239,11 +239,18 @@ index_list(uint64_t arg, const uint32_t *list, uint32_t n)
 	return (error);
 }
 
-/* System-wide GET_MSRS reads feature MSRs; there are none to read. */
+/*
+ * System-wide GET_MSRS reads feature MSRs.  The two that exist have no
+ * features: the microcode revision and AMD's DE_CFG.
+ */
+static const uint32_t feature_list[] = { 0x8b, 0xc0011029 };
+
 static int
 feature_msrs(uint64_t arg, int *result)
 {
+	struct abi_msr_entry e;
 	struct abi_msrs h;
+	uint32_t i;
 	int error;
 
 	error = vmk_copyin(arg, &h, sizeof(h));
@@ -251,7 +258,19 @@ feature_msrs(uint64_t arg, int *result)
 		return (error);
 	if (h.nmsrs > VMK_MAX_MSRS)
 		return (VMK_E2BIG);
-	*result = 0;
+	arg += sizeof(h);
+	for (i = 0; i < h.nmsrs; i++, arg += sizeof(e)) {
+		error = vmk_copyin(arg, &e, sizeof(e));
+		if (error != 0)
+			return (error);
+		if (e.index != feature_list[0] && e.index != feature_list[1])
+			break;
+		e.data = 0;
+		error = vmk_copyout(&e, arg, sizeof(e));
+		if (error != 0)
+			return (error);
+	}
+	*result = (int)i;
 	return (0);
 }
 
@@ -280,7 +299,8 @@ system_ioctl(uint32_t request, uint64_t arg, int *result)
 		list = vmk_msr_list(&n);
 		return (index_list(arg, list, n));
 	case ABI_GET_MSR_FEATURE_INDEX_LIST:
-		return (index_list(arg, NULL, 0));
+		return (index_list(arg, feature_list,
+		    VMK_ARRAY_LEN(feature_list)));
 	case ABI_GET_MSRS:
 		return (feature_msrs(arg, result));
 	case ABI_X86_GET_MCE_CAP_SUPPORTED:

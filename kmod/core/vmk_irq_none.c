@@ -2,7 +2,7 @@
 /*
  * vmk_irq_none.c: vmk_irqchip.h for a build without in-kernel chips.
  *
- * Every question is answered "there is none": no capability is offered, so
+ * Every question is answered "there is none": no chip can be made, so
  * vm->irqchip and vcpu->lapic stay NULL and the other functions are never
  * reached; they refuse all the same.
  */
@@ -11,8 +11,11 @@
 int
 vmk_irqchip_cap(uint32_t cap)
 {
-	(void)cap;
-	return (-1);
+	/*
+	 * QEMU 7.2 refuses to start without this one, also when it keeps all
+	 * chips to itself.  As with Linux, SET_GSI_ROUTING then fails.
+	 */
+	return (cap == ABI_CAP_IRQ_ROUTING ? VMK_MAX_ROUTES : -1);
 }
 
 #define	REFUSE(name, args)	int name args { return (VMK_ENXIO); }

@@ -18,6 +18,8 @@
 #include "vmk_irqchip.h"
 
 #define	MSR_TSC			0x10
+#define	MSR_KVM_WALL_CLOCK	0x11
+#define	MSR_KVM_SYSTEM_TIME	0x12
 #define	MSR_PLATFORM_ID		0x17
 #define	MSR_APICBASE		0x1b
 #define	MSR_TSC_ADJUST		0x3b
@@ -190,9 +192,10 @@ pat_ok(uint64_t v)
 
 /* Find the storage of an MTRR or machine-check bank register. */
 static uint64_t *
-stored(struct vmk_vcpu *vcpu, uint32_t msr)
+stored(struct vmk_vcpu *vcpu, uint32_t msr, bool host)
 {
-	uint32_t banks = (uint32_t)(vcpu->mcg_cap & 0xff);
+	/* A VMM may fill banks that it does not show to the guest. */
+	uint32_t banks = host ? 32 : (uint32_t)(vcpu->mcg_cap & 0xff);
 
 	if (msr >= MSR_MTRR_VAR && msr < MSR_MTRR_VAR + 2 * MTRR_VCNT)
 		return (&vcpu->mtrr_var[msr - MSR_MTRR_VAR]);
@@ -210,7 +213,7 @@ stored(struct vmk_vcpu *vcpu, uint32_t msr)
 static int
 stored_set(struct vmk_vcpu *vcpu, uint32_t msr, uint64_t v, bool host)
 {
-	uint64_t *p = stored(vcpu, msr);
+	uint64_t *p = stored(vcpu, msr, host);
 	unsigned int i;
 
 	if (p == NULL)
@@ -318,13 +321,17 @@ vmk_msr_get(struct vmk_vcpu *vcpu, uint32_t msr, uint64_t *v, bool host)
 	case MSR_MCG_CTL:
 		*v = vcpu->mcg_ctl;
 		return (0);
+	case MSR_KVM_WALL_CLOCK: case MSR_KVM_SYSTEM_TIME:
+		/* No such clock; QEMU 7.2 saves and restores it anyway. */
+		*v = 0;
+		return (host ? 0 : VMK_EINVAL);
 	case MSR_PLATFORM_ID: case MSR_UCODE_REV: case MSR_DEBUGCTL:
 	case MSR_AMD_SYSCFG: case MSR_AMD_HWCR: case MSR_AMD_NB_CFG:
 	case MSR_AMD_INT_PENDING: case MSR_AMD_MMIO_CFG: case MSR_AMD_DE_CFG:
 		*v = 0;
 		return (0);
 	default:
-		p = stored(vcpu, msr);
+		p = stored(vcpu, msr, host);
 		if (p == NULL)
 			return (VMK_EINVAL);
 		*v = *p;
@@ -425,6 +432,8 @@ vmk_msr_set(struct vmk_vcpu *vcpu, uint32_t msr, uint64_t v, bool host)
 			return (VMK_EINVAL);
 		vcpu->mcg_ctl = v;
 		return (0);
+	case MSR_KVM_WALL_CLOCK: case MSR_KVM_SYSTEM_TIME:
+		return (host && v == 0 ? 0 : VMK_EINVAL);
 	case MSR_UCODE_REV: case MSR_DEBUGCTL: case MSR_AMD_SYSCFG:
 	case MSR_AMD_HWCR: case MSR_AMD_NB_CFG: case MSR_AMD_INT_PENDING:
 	case MSR_AMD_MMIO_CFG: case MSR_AMD_DE_CFG:
