@@ -1,10 +1,19 @@
 // SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.IO;
+using System.Text;
+
 namespace Vmctl;
 
+/// <summary>Entry point.</summary>
 internal static class Program
 {
-    private static int Main()
+    private static int Main(string[] arguments)
     {
-        return 64;
+        // One buffered writer each, UTF-8 without a mark; flushed by the context whatever happens.
+        var encoding = new UTF8Encoding(encoderShouldEmitUTF8Identifier: false);
+        using var output = new StreamWriter(Console.OpenStandardOutput(), encoding, 4096);
+        using var error = new StreamWriter(Console.OpenStandardError(), encoding, 256) { AutoFlush = true };
+        return CommandLine.Invoke(arguments, new CommandContext(output, error));
     }
 }

@@ -158,7 +158,8 @@ internal sealed record BootTarget(
         if (size > top || ((top - size) & ~0xFFFUL) < floor)
         {
             throw new BootException(
-                $"initrd {Initrd.Path}: {size >> 20} MiB do not fit beside the kernel into {Layout.LowBytes >> 20} MiB below 4 GiB; give the VM more with memory:");
+                $"initrd {Initrd.Path}: {size >> 20} MiB do not fit beside the kernel into "
+                    + $"{Layout.LowBytes >> 20} MiB below 4 GiB; give the VM more with memory:");
         }
 
         ulong address = (top - size) & ~0xFFFUL;

@@ -91,7 +91,8 @@ internal sealed class ElfFile
                 || !target.FitsLow(segment.PhysicalAddress, segment.MemoryBytes))
             {
                 throw new BootException(
-                    $"kernel {target.Kernel.Path}: a segment of {segment.MemoryBytes >> 10} KiB at 0x{segment.PhysicalAddress:x} does not fit into {target.Layout.LowBytes >> 20} MiB below 4 GiB");
+                    $"kernel {target.Kernel.Path}: a segment of {segment.MemoryBytes >> 10} KiB at 0x{segment.PhysicalAddress:x} does not "
+                    + $"fit into {target.Layout.LowBytes >> 20} MiB below 4 GiB");
             }
 
             target.Kernel.CopyTo(target.Memory, (long)segment.Offset, (long)segment.FileBytes, segment.PhysicalAddress);

@@ -57,7 +57,8 @@ internal static class LinuxLoader
         if (version < 0x206 || (head[LoadFlags] & 1) == 0)
         {
             throw new BootException(
-                $"kernel {path}: boot protocol {version >> 8}.{version & 0xFF:D2} is too old (2.06 with a high-loaded kernel is needed); boot it through firmware");
+                $"kernel {path}: boot protocol {version >> 8}.{version & 0xFF:D2} is too old "
+                    + "(2.06 with a high-loaded kernel is needed); boot it through firmware");
         }
 
         int setupSectors = head[SetupSects] == 0 ? 4 : head[SetupSects];
@@ -81,7 +82,8 @@ internal static class LinuxLoader
         if (load < HighLoad || !target.FitsLow(load, needed))
         {
             throw new BootException(
-                $"kernel {path}: needs {(load + needed) >> 20} MiB to start, the VM has {target.Layout.LowBytes >> 20} MiB below 4 GiB; give it more with memory:");
+                $"kernel {path}: needs {(load + needed) >> 20} MiB to start, the VM has "
+                    + $"{target.Layout.LowBytes >> 20} MiB below 4 GiB; give it more with memory:");
         }
 
         target.Kernel.CopyTo(target.Memory, payloadOffset, payloadBytes, load);

@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Collections.Generic;
+using System.CommandLine;
+using System.CommandLine.Help;
+using System.CommandLine.Parsing;
+using System.IO;
+using System.Linq;
+using Vmm.Config;
+using Vmctl.Commands;
+
+namespace Vmctl;
+
+// Theory. System.CommandLine parses options and arguments; what a user sees when something is wrong is ours: one line
+// on standard error that says what to do, and a status of sysexits(3). Three things are done before the parser sees the
+// words: a verb may be cut to a unique prefix (as with OpenBSD's vmctl), `help VERB` means `VERB --help`, and no words at
+// all are a usage error. Hidden verbs (beginning with "_") take no prefixes and appear in no list.
+//
+// A verb is a class in Commands/ with a static Create(context) and a row in the table below. Exceptions of expected kinds
+// end here; anything else is a bug of ours, and says so.
+
+/// <summary>The command line: table of verbs, dispatch, and the last resort for errors.</summary>
+internal static class CommandLine
+{
+    /// <summary>Makes the tree of all commands.</summary>
+    internal static RootCommand Build(CommandContext context)
+    {
+        var root = new RootCommand("Runs and looks after virtual machines.")
+        {
+            ValidateCommand.Create(context),
+            VersionCommand.Create(context),
+        };
+        foreach (Option option in root.Options)
+        {
+            if (option is VersionOption)
+            {
+                // `vmctl --version` and `vmctl version` say the same.
+                option.Action = new VersionCommand.Printer(context);
+            }
+        }
+
+        return root;
+    }
+
+    /// <summary>Runs one command.</summary>
+    /// <returns>The exit status.</returns>
+    internal static int Invoke(string[] arguments, CommandContext context)
+    {
+        try
+        {
+            RootCommand root = Build(context);
+            string[] words = Expand(root, arguments);
+            var configuration = new ParserConfiguration { EnablePosixBundling = true, ResponseFileTokenReplacer = null };
+            ParseResult result = root.Parse(words, configuration);
+            bool isInformation = result.Action is HelpAction or VersionCommand.Printer;
+            if (result.Errors.Count > 0 && !isInformation)
+            {
+                throw Usage(result);
+            }
+
+            return result.Invoke(new InvocationConfiguration
+            {
+                EnableDefaultExceptionHandler = false,
+                Output = context.Output,
+                Error = context.Error,
+                ProcessTerminationTimeout = null,
+            });
+        }
+        catch (CommandException failure)
+        {
+            context.Complain(failure.Message);
+            return failure.Status;
+        }
+        catch (ConfigException failure)
+        {
+            Report(context, failure);
+            return failure.Failure == ConfigFailure.NoInput ? ExitStatus.NoInput : ExitStatus.Config;
+        }
+        catch (IOException failure) when (IsBrokenPipe(failure))
+        {
+            // The reader of our output went away (`vmctl list | head -1`): nothing to say, and nobody to say it to.
+            return ExitStatus.Failed;
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        {
+            context.Complain(failure.Message.ReplaceLineEndings(" "));
+            return ExitStatus.Failed;
+        }
+        finally
+        {
+            Flush(context);
+        }
+    }
+
+    /// <summary>The first error of a definition, and how many more there are.</summary>
+    internal static void Report(CommandContext context, ConfigException failure)
+    {
+        string more = failure.Diagnostics.Count switch
+        {
+            1 => string.Empty,
+            2 => " (and 1 more; vmctl validate shows it)",
+            _ => $" (and {failure.Diagnostics.Count - 1} more; vmctl validate shows them)",
+        };
+        context.Complain(failure.Diagnostics[0] + more);
+    }
+
+    /// <summary>Replaces a unique prefix of a verb by the verb, and <c>help VERB</c> by <c>VERB --help</c>.</summary>
+    internal static string[] Expand(RootCommand root, string[] arguments)
+    {
+        string[] words = arguments;
+        if (words.Length == 0)
+        {
+            throw new CommandException(ExitStatus.Usage, "no command given; \"vmctl help\" lists them");
+        }
+
+        if (words[0] is "help")
+        {
+            words = words.Length == 1 ? ["--help"] : [.. words[1..], "--help"];
+        }
+
+        if (words[0].StartsWith('-') || words[0].StartsWith('_'))
+        {
+            return words;
+        }
+
+        var names = new List<string>();
+        foreach (Command command in root.Subcommands.Where(command => !command.Hidden))
+        {
+            foreach (string name in command.Aliases.Prepend(command.Name))
+            {
+                if (string.Equals(name, words[0], StringComparison.Ordinal))
+                {
+                    return words;
+                }
+
+                names.Add(name);
+            }
+        }
+
+        List<string> matches = names.FindAll(name => name.StartsWith(words[0], StringComparison.Ordinal));
+        return matches.Count switch
+        {
+            1 => [matches[0], .. words[1..]],
+            0 => throw new CommandException(
+                ExitStatus.Usage,
+                $"no command \"{words[0]}\"{Suggestion.Ending(words[0], names)} (\"vmctl help\" lists them)"),
+            _ => throw new CommandException(
+                ExitStatus.Usage, $"\"{words[0]}\" could be {string.Join(", ", matches.Order(StringComparer.Ordinal))}"),
+        };
+    }
+
+    private static CommandException Usage(ParseResult result)
+    {
+        string command = result.CommandResult.Command.Name;
+        ParseError error = result.Errors[0];
+        string message = error.Message.ReplaceLineEndings(" ").TrimEnd('.');
+        if (result.UnmatchedTokens.Count > 0)
+        {
+            string word = result.UnmatchedTokens[0];
+            IEnumerable<string> options = result.CommandResult.Command.Options.Select(option => option.Name);
+            message = word.StartsWith('-')
+                ? $"no option {word}{Suggestion.Ending(word, options)}"
+                : $"\"{word}\" is one argument too many";
+        }
+
+        return new CommandException(ExitStatus.Usage, $"{command}: {message} (see \"vmctl help {command}\")");
+    }
+
+    private static bool IsBrokenPipe(IOException failure) =>
+        failure.InnerException is System.Net.Sockets.SocketException { SocketErrorCode: System.Net.Sockets.SocketError.Shutdown }
+        || failure.HResult == 32 || failure.Message.Contains("Broken pipe", StringComparison.Ordinal);
+
+    private static void Flush(CommandContext context)
+    {
+        try
+        {
+            context.Output.Flush();
+        }
+        catch (IOException)
+        {
+            // Standard output is gone; the status says the rest.
+        }
+    }
+}

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Collections.Generic;
+using System.IO;
+using System.Linq;
+using System.Text.Json;
+using FluentAssertions;
+using Xunit;
+
+namespace Vmm.Config.Tests;
+
+/// <summary>Parser, schema and sample know the same keys: three descriptions of one language.</summary>
+public sealed class AgreementTests
+{
+    private static readonly string s_config = Path.Combine(FindRoot(), "config");
+
+    [Fact]
+    public void Sample_IsADefinitionWithoutErrors()
+    {
+        FleetSpec fleet = ConfigFiles.LoadFile(Path.Combine(s_config, "sample.yaml"));
+
+        fleet.Machines.Select(m => m.Name).Should().Equal("web1", "db1", "old");
+        fleet.StartParallel.Should().Be(2);
+        fleet.StartDelay.Should().Be(TimeSpan.FromMilliseconds(500));
+        fleet.Machines[1].MemoryBytes.Should().Be(64L << 20);
+    }
+
+    [Fact]
+    public void Schema_And_Parser_KnowTheSameKeys()
+    {
+        SchemaKeys().Should().BeEquivalentTo(ParserKeys());
+    }
+
+    [Fact]
+    public void Sample_ShowsEveryKey()
+    {
+        string text = File.ReadAllText(Path.Combine(s_config, "sample.yaml"));
+        IEnumerable<string> missing = ParserKeys()
+            .Select(key => key[(key.LastIndexOfAny(['.', ':']) + 1)..])
+            .Where(key => !text.Contains(key + ":", StringComparison.Ordinal));
+
+        missing.Should().BeEmpty();
+    }
+
+    [Fact]
+    public void Schema_WordLists_AreAcceptedByTheParser()
+    {
+        using JsonDocument schema = JsonDocument.Parse(File.ReadAllText(Path.Combine(s_config, "vmm.schema.json")));
+        JsonElement machine = schema.RootElement.GetProperty("$defs").GetProperty("machine").GetProperty("properties");
+        int tried = 0;
+        foreach (string key in new[] { "irqchip", "watchdog" })
+        {
+            foreach (JsonElement word in machine.GetProperty(key).GetProperty("enum").EnumerateArray())
+            {
+                ConfigFiles.Parse($"name: a\n{key}: {word.GetString()}", "t", "/");
+                tried++;
+            }
+        }
+
+        foreach (JsonElement word in Enum(machine, "disks", "bus"))
+        {
+            ConfigFiles.Parse($"name: a\ndisks: [{{path: x, bus: {word.GetString()}}}]", "t", "/");
+            tried++;
+        }
+
+        tried.Should().Be(4 + 4 + 7);
+    }
+
+    [Fact]
+    public void Definitions_AThousand_AreReadInUnderASecond()
+    {
+        string sample = File.ReadAllText(Path.Combine(s_config, "sample.yaml"));
+        string one = sample[..sample.IndexOf("\n---", StringComparison.Ordinal)];
+        ConfigFiles.ParseUnchecked(one, "warm.yaml", "/", null);
+        var watch = System.Diagnostics.Stopwatch.StartNew();
+        for (int i = 0; i < 1000; i++)
+        {
+            ConfigFiles.ParseUnchecked("name: small\nmemory: 64M\nboot: {kernel: k}\ndisks: [d]\nnics: [user]\n", "t.yaml", "/", null);
+        }
+
+        watch.Elapsed.Should().BeLessThan(TimeSpan.FromSeconds(1));
+    }
+
+    internal static string FindRoot()
+    {
+        string? at = AppContext.BaseDirectory;
+        while (at is not null && !File.Exists(Path.Combine(at, "Vmm.sln")))
+        {
+            at = Path.GetDirectoryName(at);
+        }
+
+        return at ?? throw new InvalidOperationException("not inside the repository");
+    }
+
+    private static JsonElement.ArrayEnumerator Enum(JsonElement machine, string list, string key)
+    {
+        JsonElement item = machine.GetProperty(list).GetProperty("oneOf")[0].GetProperty("oneOf")[1];
+        return item.GetProperty("properties").GetProperty(key).GetProperty("enum").EnumerateArray();
+    }
+
+    private static SortedSet<string> ParserKeys()
+    {
+        var keys = new SortedSet<string>(StringComparer.Ordinal);
+        ConfigFiles.ParseUnchecked(File.ReadAllText(Path.Combine(s_config, "sample.yaml")), "sample.yaml", "/", keys);
+        return keys;
+    }
+
+    private static SortedSet<string> SchemaKeys()
+    {
+        using JsonDocument schema = JsonDocument.Parse(File.ReadAllText(Path.Combine(s_config, "vmm.schema.json")));
+        var keys = new SortedSet<string>(StringComparer.Ordinal);
+        JsonElement definitions = schema.RootElement.GetProperty("$defs");
+        Walk(definitions.GetProperty("machine"), string.Empty, keys);
+        Walk(definitions.GetProperty("fleet"), "fleet:", keys);
+        return keys;
+    }
+
+    // Follows properties, alternatives and items; "disks" as a list gives disks[].path.
+    private static void Walk(JsonElement node, string path, SortedSet<string> keys)
+    {
+        if (node.TryGetProperty("oneOf", out JsonElement alternatives))
+        {
+            foreach (JsonElement alternative in alternatives.EnumerateArray())
+            {
+                Walk(alternative, path, keys);
+            }
+        }
+
+        if (node.TryGetProperty("items", out JsonElement items))
+        {
+            Walk(items, path + "[]", keys);
+        }
+
+        if (!node.TryGetProperty("properties", out JsonElement properties))
+        {
+            return;
+        }
+
+        // A list may also be given as its only item; its keys are the list's.
+        bool isLoneItem = path is "disks" or "nics" or "console" or "shares";
+        if (isLoneItem)
+        {
+            return;
+        }
+
+        foreach (JsonProperty property in properties.EnumerateObject())
+        {
+            string key = path.Length == 0 || path[^1] == ':' ? path + property.Name : path + "." + property.Name;
+            keys.Add(key);
+            Walk(property.Value, key, keys);
+        }
+    }
+}
