@@ -1,0 +1,639 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Threading;
+using Microsoft.Win32.SafeHandles;
+using Vmm.Core;
+using Vmm.Host;
+using Vmm.Kvm.Abi;
+
+namespace Vmm.Kvm;
+
+// Theory. One vCPU is a descriptor and a page shared with the kernel (kvm_run). Run enters the guest and serves what
+// needs no decision (ports, registers in memory, interrupt windows) itself until something does.
+//
+// Completion of I/O. After a port or MMIO exit the kernel finishes the instruction at the *next* KVM_RUN. So Run never
+// returns between the exit and that call: a kick that arrives meanwhile has set immediate_exit, and the next KVM_RUN
+// finishes the instruction and comes back with EINTR before any further guest code runs. State read after Run
+// returned is therefore always that of an instruction border.
+//
+// Kick. Under a lock that Run's entry and exit share: set immediate_exit, and, if the thread is inside Run, send it the
+// private signal (see KickSignal), which is deliverable only inside KVM_RUN. If the kick comes before KVM_RUN, the flag
+// stops it; if it comes during guest execution, the signal does. Run takes both back under the same lock, so one kick
+// makes exactly one Run return Interrupted and leaves nothing behind.
+//
+// Interrupts in User mode. Before each entry: deliver NMI; if the guest can take an interrupt (the kernel says so in
+// the run page) acknowledge one at the port and queue it, else ask the kernel to come back when it can. HLT is waited
+// out by the run loop; INIT and start-up IPIs are executed here on the registers, because KVM leaves the activity
+// state to user space in this mode.
+//
+// Threads: Run, ReadState, WriteState and SetCpuid by one thread at a time; Kick by any.
+
+/// <summary>A virtual processor of a KVM virtual machine.</summary>
+internal sealed unsafe class KvmVcpu : IVcpu
+{
+    private readonly Lock _kickGate = new();
+    private readonly SafeFileHandle _file;
+    private readonly int _fd;
+    private readonly HostMapping _mapping;
+    private readonly kvm_run* _run;
+    private readonly long _runBytes;
+    private readonly AddressMap _ports;
+    private readonly AddressMap _mmio;
+    private readonly ICpuInterruptPort? _port;
+    private readonly Action<byte>? _onIoApicEoi;
+    private readonly bool _isUserIrqchip;
+    private readonly bool _hasImmediateExit;
+    private readonly VcpuStateAccess _access;
+    private CpuState? _scratch;
+    private ActivityState _activity;
+    private nint _thread;
+    private bool _inRun;
+    private bool _kicked;
+    private bool _isCompletionDue;
+    private bool _disposed;
+
+    internal KvmVcpu(KvmVm vm, SafeFileHandle file, int index, ICpuInterruptPort? port)
+    {
+        Index = index;
+        _file = file;
+        _fd = (int)file.DangerousGetHandle();
+        _runBytes = vm.System.RunPageBytes;
+        _mapping = HostMapping.Map(file, _runBytes);
+        _run = (kvm_run*)_mapping.Address;
+        _ports = vm.Options.Ports;
+        _mmio = vm.Options.Mmio;
+        _port = port;
+        _onIoApicEoi = vm.Options.OnIoApicEoi;
+        _isUserIrqchip = vm.Irqchip == IrqchipMode.User;
+        _hasImmediateExit = vm.System.Probed.ImmediateExit;
+        _activity = index == 0 || !_isUserIrqchip ? ActivityState.Running : ActivityState.WaitForInit;
+        _access = new VcpuStateAccess(file, _run, vm.System.Probed, vm.System.SavedMsrs, _isUserIrqchip);
+    }
+
+    /// <inheritdoc/>
+    public int Index { get; }
+
+    /// <inheritdoc/>
+    public void SetCpuid(ReadOnlySpan<CpuidEntry> entries) => _access.SetCpuid(entries);
+
+    /// <inheritdoc/>
+    public void ReadState(CpuState state)
+    {
+        ArgumentNullException.ThrowIfNull(state);
+        _access.Read(state);
+        if (_isUserIrqchip)
+        {
+            state.Activity = _activity;
+            if (_port is not null)
+            {
+                state.Cr8 = _port.Cr8;
+                state.ApicBase = _port.ApicBase;
+            }
+        }
+    }
+
+    /// <inheritdoc/>
+    public void WriteState(CpuState state)
+    {
+        ArgumentNullException.ThrowIfNull(state);
+        _access.Write(state);
+        if (_isUserIrqchip)
+        {
+            _activity = state.Activity;
+            if (_port is not null)
+            {
+                _port.ApicBase = state.ApicBase;
+                _port.Cr8 = (byte)state.Cr8;
+            }
+        }
+    }
+
+    /// <inheritdoc/>
+    public void Kick()
+    {
+        lock (_kickGate)
+        {
+            if (_kicked || _disposed)
+            {
+                return;
+            }
+
+            _kicked = true;
+            _run->immediate_exit = 1;
+            if (_inRun)
+            {
+                KickSignal.Send(_thread);
+            }
+        }
+    }
+
+    /// <inheritdoc/>
+    public ExitKind Run(ref VcpuExit exit)
+    {
+        Enter();
+        try
+        {
+            return Loop(ref exit);
+        }
+        finally
+        {
+            Leave();
+        }
+    }
+
+    /// <inheritdoc/>
+    public void Dispose()
+    {
+        lock (_kickGate)
+        {
+            if (_disposed)
+            {
+                return;
+            }
+
+            _disposed = true;
+        }
+
+        _mapping.Dispose();
+        _file.Dispose();
+    }
+
+    private void Enter()
+    {
+        nint thread = KickSignal.CurrentThread;
+        if (thread != _thread)
+        {
+            MoveToThread(thread);
+        }
+
+        lock (_kickGate)
+        {
+            ObjectDisposedException.ThrowIf(_disposed, this);
+            _inRun = true;
+            if (_kicked && !_hasImmediateExit)
+            {
+                KickSignal.Send(thread);
+            }
+        }
+
+        _access.ForgetRunPage();
+    }
+
+    private void Leave()
+    {
+        lock (_kickGate)
+        {
+            _inRun = false;
+        }
+    }
+
+    // The first Run, or the first on another thread: block the signal here, let KVM unblock it.
+    private void MoveToThread(nint thread)
+    {
+        KickSignal.BlockOnCurrentThread();
+        int bytes = OsAbi.Current.KernelSignalSetBytes;
+        byte* request = stackalloc byte[sizeof(kvm_signal_mask) + 64];
+        ((kvm_signal_mask*)request)->len = (uint)bytes;
+        KickSignal.GetMaskWithoutKick(new Span<byte>(request + sizeof(kvm_signal_mask), 64));
+        KvmCall.Require(_file, KvmAbi.KVM_SET_SIGNAL_MASK, (nint)request, "KVM_SET_SIGNAL_MASK");
+        _thread = thread;
+    }
+
+    private ExitKind Loop(ref VcpuExit exit)
+    {
+        kvm_run* run = _run;
+        while (true)
+        {
+            ulong cr8 = 0;
+            if (_port is not null)
+            {
+                if (!PrepareUserIrqchip(_port))
+                {
+                    return TakeKick() ? ExitKind.Interrupted : ExitKind.Halted;
+                }
+
+                cr8 = run->cr8;
+            }
+
+            _isCompletionDue = false;
+            int result = Ioctl.InvokeKvm(_fd, KvmAbi.KVM_RUN, 0);
+            if (_port is not null)
+            {
+                SynchronizePort(_port, cr8);
+            }
+
+            if (result < 0)
+            {
+                Errno error = Ioctl.LastError;
+                if (error is Errno.EINTR or Errno.EAGAIN)
+                {
+                    if (TakeKick())
+                    {
+                        return ExitKind.Interrupted;
+                    }
+
+                    continue;
+                }
+
+                return FailRun(ref exit, error, HostException.Describe(Ioctl.LastRawErrno));
+            }
+
+            switch (run->exit_reason)
+            {
+                case KvmAbi.KVM_EXIT_IO:
+                    _isCompletionDue = true;
+                    if (!ServePort(run))
+                    {
+                        return Fail(ref exit, 0, "KVM described a port access outside its page");
+                    }
+
+                    break;
+                case KvmAbi.KVM_EXIT_MMIO:
+                    _isCompletionDue = true;
+                    ServeMmio(run);
+                    break;
+                case KvmAbi.KVM_EXIT_IRQ_WINDOW_OPEN:
+                case KvmAbi.KVM_EXIT_SET_TPR:
+                case KvmAbi.KVM_EXIT_TPR_ACCESS:
+                    break;
+                case KvmAbi.KVM_EXIT_INTR:
+                    if (TakeKick())
+                    {
+                        return ExitKind.Interrupted;
+                    }
+
+                    break;
+                case KvmAbi.KVM_EXIT_IOAPIC_EOI:
+                    _onIoApicEoi?.Invoke(run->eoi.vector);
+                    break;
+                case KvmAbi.KVM_EXIT_HLT:
+                    _activity = ActivityState.Halted;
+                    if (_port is null)
+                    {
+                        return ExitKind.Halted;
+                    }
+
+                    break;
+                case KvmAbi.KVM_EXIT_X86_RDMSR:
+                    _isCompletionDue = true;
+                    ServeReadMsr(run);
+                    break;
+                case KvmAbi.KVM_EXIT_X86_WRMSR:
+                    _isCompletionDue = true;
+                    ServeWriteMsr(run);
+                    break;
+                case KvmAbi.KVM_EXIT_HYPERCALL:
+                    run->hypercall.ret = unchecked((ulong)-1000L);   // -KVM_ENOSYS
+                    break;
+                case KvmAbi.KVM_EXIT_SHUTDOWN:
+                case KvmAbi.KVM_EXIT_SYSTEM_EVENT:
+                    exit.Code = run->exit_reason;
+                    return ExitKind.Shutdown;
+                case KvmAbi.KVM_EXIT_DEBUG:
+                    return ExitKind.Debug;
+                case KvmAbi.KVM_EXIT_INTERNAL_ERROR:
+                    if (run->@internal.suberror == KvmAbi.KVM_INTERNAL_ERROR_EMULATION)
+                    {
+                        _access.UseRunPage();
+                        ReportEmulation(run, ref exit);
+                        return ExitKind.NeedsEmulation;
+                    }
+
+                    return Fail(ref exit, run->@internal.suberror, DescribeInternalError(run));
+                case KvmAbi.KVM_EXIT_FAIL_ENTRY:
+                    return Fail(
+                        ref exit,
+                        run->fail_entry.hardware_entry_failure_reason,
+                        "the processor refused to enter the guest, reason "
+                        + $"{run->fail_entry.hardware_entry_failure_reason:x}");
+                case KvmAbi.KVM_EXIT_UNKNOWN:
+                    return Fail(
+                        ref exit,
+                        run->hw.hardware_exit_reason,
+                        $"unknown hardware exit {run->hw.hardware_exit_reason:x}");
+                default:
+                    return Fail(ref exit, run->exit_reason, $"exit reason {run->exit_reason} is not known here");
+            }
+        }
+    }
+
+    // Takes back a kick. True when there was one.
+    private bool TakeKick()
+    {
+        if (!Volatile.Read(ref _kicked))
+        {
+            return false;
+        }
+
+        lock (_kickGate)
+        {
+            _kicked = false;
+            _run->immediate_exit = 0;
+            KickSignal.Drain();
+        }
+
+        return true;
+    }
+
+    // Makes the next KVM_RUN finish the current instruction and come back.
+    private void KickSelf()
+    {
+        lock (_kickGate)
+        {
+            if (!_kicked)
+            {
+                _kicked = true;
+                _run->immediate_exit = 1;
+                if (!_hasImmediateExit)
+                {
+                    KickSignal.Send(_thread);
+                }
+            }
+        }
+    }
+
+    // Before an entry in User mode. False: nothing to run until the port wakes.
+    private bool PrepareUserIrqchip(ICpuInterruptPort port)
+    {
+        kvm_run* run = _run;
+        if (port.HasInit)
+        {
+            // The registers are about to be replaced: first let the kernel finish the instruction that it is in. That
+            // may take another exit, after which this is tried again.
+            if (_isCompletionDue)
+            {
+                KickSelf();
+                return true;
+            }
+
+            if (port.TakeInit())
+            {
+                ExecuteInit(port);
+            }
+        }
+
+        if (port.HasStartup && port.TakeStartup(out byte vector) && _activity == ActivityState.WaitForStartup)
+        {
+            ExecuteStartup(vector);
+        }
+
+        if (_activity != ActivityState.Running)
+        {
+            bool wakes = _activity == ActivityState.Halted
+                && (port.HasNmi || (run->if_flag != 0 && port.HasInterrupt));
+            if (!wakes)
+            {
+                return false;
+            }
+
+            _activity = ActivityState.Running;
+        }
+
+        if (port.HasNmi && port.TakeNmi())
+        {
+            _ = Ioctl.InvokeKvm(_fd, KvmAbi.KVM_NMI, 0);
+        }
+
+        bool pending = port.HasInterrupt;
+        if (pending && run->ready_for_interrupt_injection != 0 && run->if_flag != 0)
+        {
+            int vectorNumber = port.Acknowledge();
+            if (vectorNumber >= 0)
+            {
+                var request = new kvm_interrupt { irq = (uint)vectorNumber };
+                _ = Ioctl.InvokeKvm(_fd, KvmAbi.KVM_INTERRUPT, (nint)(&request));
+                run->ready_for_interrupt_injection = 0;
+            }
+
+            pending = port.HasInterrupt;
+        }
+
+        run->request_interrupt_window = pending ? (byte)1 : (byte)0;
+        run->cr8 = port.Cr8;
+        return true;
+    }
+
+    // After an exit in User mode: the guest may have written CR8 or IA32_APIC_BASE without an exit of their own.
+    private void SynchronizePort(ICpuInterruptPort port, ulong cr8)
+    {
+        if (_run->cr8 != cr8)
+        {
+            port.Cr8 = (byte)_run->cr8;
+        }
+
+        if (_run->apic_base != port.ApicBase)
+        {
+            port.ApicBase = _run->apic_base;
+        }
+    }
+
+    private void ExecuteInit(ICpuInterruptPort port)
+    {
+        CpuState state = _scratch ??= new CpuState();
+        _access.Read(state);
+        state.ApicBase = port.ApicBase;
+        state.Reset(isInit: true, _access.FamilyModelStepping);
+        const ulong BootProcessor = 1 << 8;
+        _activity = (port.ApicBase & BootProcessor) != 0 ? ActivityState.Running : ActivityState.WaitForStartup;
+        state.Activity = _activity;
+        _access.Write(state);
+    }
+
+    // SDM 3A 10.4.4.1: the processor starts in real mode at vector << 12.
+    private void ExecuteStartup(byte vector)
+    {
+        CpuState state = _scratch ??= new CpuState();
+        _access.Read(state);
+        state.Segments[1] = state.Segments[1] with { Selector = (ushort)(vector << 8), Base = (ulong)vector << 12 };
+        state.Rip = 0;
+        _activity = ActivityState.Running;
+        state.Activity = _activity;
+        _access.Write(state);
+    }
+
+    private bool ServePort(kvm_run* run)
+    {
+        uint size = run->io.size;
+        uint count = run->io.count;
+        ulong offset = run->io.data_offset;
+        if (size is not (1 or 2 or 4) || offset >= (ulong)_runBytes || count > ((ulong)_runBytes - offset) / size)
+        {
+            return false;
+        }
+
+        // SAFETY: offset + size * count lies within the mapping, as checked.
+        byte* data = (byte*)run + offset;
+        ushort port = run->io.port;
+        var width = (AccessWidth)size;
+        bool isOut = run->io.direction == KvmAbi.KVM_EXIT_IO_OUT;
+        for (uint i = 0; i < count; i++, data += size)
+        {
+            if (isOut)
+            {
+                _ports.Write(port, width, Load(data, size));
+            }
+            else
+            {
+                Store(data, size, _ports.Read(port, width));
+            }
+        }
+
+        return true;
+    }
+
+    private void ServeMmio(kvm_run* run)
+    {
+        ulong address = run->mmio.phys_addr;
+        uint left = Math.Min(run->mmio.len, 8);
+        bool isWrite = run->mmio.is_write != 0;
+        byte* data = run->mmio.data;
+
+        // Fragments of an access that crosses a page may have odd lengths; they go in pieces that devices know.
+        while (left != 0)
+        {
+            uint size = left >= 8 ? 8u : left >= 4 ? 4u : left >= 2 ? 2u : 1u;
+            if (_port is not null && IsLocalApic(_port, address, size))
+            {
+                uint offset = (uint)(address & 0xFFF);
+                if (isWrite)
+                {
+                    _port.Registers.Write(offset, (AccessWidth)size, Load(data, size));
+                }
+                else
+                {
+                    Store(data, size, _port.Registers.Read(offset, (AccessWidth)size));
+                }
+            }
+            else if (isWrite)
+            {
+                _mmio.Write(address, (AccessWidth)size, Load(data, size));
+            }
+            else
+            {
+                Store(data, size, _mmio.Read(address, (AccessWidth)size));
+            }
+
+            address += size;
+            data += size;
+            left -= size;
+        }
+    }
+
+    private static bool IsLocalApic(ICpuInterruptPort port, ulong address, uint size)
+    {
+        const ulong PageMask = 0xFFF;
+        return port.IsMemoryMapped && ((address ^ port.ApicBase) & ~PageMask) == 0
+            && (address & PageMask) + size <= 0x1000;
+    }
+
+    private void ServeReadMsr(kvm_run* run)
+    {
+        if (_port is not null && _port.TryReadMsr(run->msr.index, out ulong value))
+        {
+            run->msr.data = value;
+            run->msr.error = 0;
+        }
+        else
+        {
+            run->msr.error = 1;
+        }
+    }
+
+    private void ServeWriteMsr(kvm_run* run)
+    {
+        bool done = _port is not null && _port.TryWriteMsr(run->msr.index, run->msr.data);
+        run->msr.error = done ? (byte)0 : (byte)1;
+    }
+
+    private static void ReportEmulation(kvm_run* run, ref VcpuExit exit)
+    {
+        exit.Code = KvmAbi.KVM_INTERNAL_ERROR_EMULATION;
+        exit.InstructionLow = 0;
+        exit.InstructionHigh = 0;
+        exit.InstructionLength = 0;
+        const ulong HasBytes = KvmAbi.KVM_INTERNAL_ERROR_EMULATION_FLAG_INSTRUCTION_BYTES;
+
+        // ndata counts 64-bit words: the flags, then two that hold the length and 15 bytes.
+        if (run->emulation_failure.ndata < 3 || (run->emulation_failure.flags & HasBytes) == 0)
+        {
+            return;
+        }
+
+        int length = Math.Min((int)run->emulation_failure.insn_size, 15);
+        byte* bytes = run->emulation_failure.insn_bytes;
+        for (int i = 0; i < length; i++)
+        {
+            if (i < 8)
+            {
+                exit.InstructionLow |= (ulong)bytes[i] << (8 * i);
+            }
+            else
+            {
+                exit.InstructionHigh |= (ulong)bytes[i] << (8 * (i - 8));
+            }
+        }
+
+        exit.InstructionLength = length;
+    }
+
+    private static string DescribeInternalError(kvm_run* run)
+    {
+        string what = run->@internal.suberror switch
+        {
+            KvmAbi.KVM_INTERNAL_ERROR_SIMUL_EX => "two exceptions at once",
+            KvmAbi.KVM_INTERNAL_ERROR_DELIVERY_EV => "an exit while an event was being delivered",
+            KvmAbi.KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON => "an exit that KVM does not know",
+            uint other => $"internal error {other}",
+        };
+        uint count = Math.Min(run->@internal.ndata, 16);
+        for (uint i = 0; i < count; i++)
+        {
+            what += $" {run->@internal.data[i]:x}";
+        }
+
+        return what;
+    }
+
+    private static ExitKind FailRun(ref VcpuExit exit, Errno error, string detail) =>
+        Fail(
+            ref exit,
+            (ulong)error,
+            error == Errno.EFAULT
+                ? "the guest touched memory that the host could not provide"
+                : $"KVM_RUN: {detail}");
+
+    private static ExitKind Fail(ref VcpuExit exit, ulong code, string detail)
+    {
+        exit.Code = code;
+        exit.Detail = "kvm: " + detail;
+        return ExitKind.Failed;
+    }
+
+    // SAFETY (both): callers pass addresses with `size` bytes left in the run page.
+    private static ulong Load(byte* data, uint size) => size switch
+    {
+        1 => *data,
+        2 => *(ushort*)data,
+        4 => *(uint*)data,
+        _ => *(ulong*)data,
+    };
+
+    private static void Store(byte* data, uint size, ulong value)
+    {
+        switch (size)
+        {
+            case 1:
+                *data = (byte)value;
+                break;
+            case 2:
+                *(ushort*)data = (ushort)value;
+                break;
+            case 4:
+                *(uint*)data = (uint)value;
+                break;
+            default:
+                *(ulong*)data = value;
+                break;
+        }
+    }
+}
