@@ -140,6 +140,12 @@ public interface INetReceiver
 {
     /// <summary>Takes an Ethernet frame. False when there is no buffer: the back end keeps or drops it.</summary>
     bool TryReceive(ReadOnlySpan<byte> frame, in NetOffload offload);
+
+    /// <summary>
+    /// True while frames with partial checksums and large TCP segments are welcome; others are taken too, but at the cost
+    /// of finishing them. Any thread; may change when a driver comes or goes.
+    /// </summary>
+    bool TakesOffload => false;
 }
 
 /// <summary>A network on the host.</summary>

@@ -69,6 +69,14 @@ public sealed class VirtqueueChain
 
     internal uint Sequence { get; set; }
 
+    /// <summary>A buffer of the chain, readable ones first.</summary>
+    /// <param name="index">Below <see cref="Count"/>.</param>
+    public (ulong Address, uint Length, bool Writable) BufferAt(int index)
+    {
+        ArgumentOutOfRangeException.ThrowIfGreaterThanOrEqual((uint)index, (uint)_count, nameof(index));
+        return (_buffers[index].Address, _buffers[index].Length, index >= _readableCount);
+    }
+
     /// <summary>Copies from the readable part.</summary>
     /// <returns>False when the range exceeds the part or a buffer lies outside RAM.</returns>
     public bool TryRead(long offset, Span<byte> into)
