@@ -2,6 +2,7 @@
 using System;
 using System.Collections.Generic;
 using Vmm.Core;
+using Vmm.Devices.Legacy;
 
 namespace Vmm.Devices.Pci;
 
@@ -90,13 +91,17 @@ public static class PciAllocator
             uint command = function.ReadConfig(PciConfig.Command, AccessWidth.Word);
             function.WriteConfig(
                 PciConfig.Command, AccessWidth.Word, command | PciConfig.CommandIo | PciConfig.CommandMemory);
-            if (function.InterruptPin != 0)
+            if (function.InterruptPin != 0 && function is not AcpiPm)
             {
                 int input = PciBus.PirqOf(function.DeviceNumber, function.InterruptPin);
                 function.WriteConfig(PciConfig.InterruptLine, AccessWidth.Byte, PirqIrqs[input]);
             }
 
-            if (function is Piix3IsaBridge)
+            if (function is AcpiPm pm)
+            {
+                pm.Enable();
+            }
+            else if (function is Piix3IsaBridge)
             {
                 for (int i = 0; i < 4; i++)
                 {

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System.Threading;
+using Vmm.Core;
+
+namespace Vmm.Devices.Legacy;
+
+// Theory. The ports of a PC that are one byte wide and belong to no chip in particular. None has a timer or an
+// interrupt; their state, where they have any, is one byte.
+
+/// <summary>
+/// Port 0x92, "system control port A" of the PS/2: bit 0 resets the processor when it rises, bit 1 is the A20 gate.
+/// </summary>
+public sealed class Port92 : IDevice, IRegisterWindow
+{
+    /// <summary>Its address.</summary>
+    public const ushort Port = 0x92;
+
+    private readonly ISystemControl _system;
+    private volatile byte _value;
+
+    /// <summary>Makes the port.</summary>
+    public Port92(ISystemControl system) => _system = system;
+
+    /// <inheritdoc/>
+    public string Id => "port92";
+
+    /// <inheritdoc/>
+    public int StateVersion => 1;
+
+    /// <inheritdoc/>
+    public uint Length => 1;
+
+    /// <inheritdoc/>
+    public void Reset() => _value = 0x02;
+
+    /// <inheritdoc/>
+    public void Pause()
+    {
+    }
+
+    /// <inheritdoc/>
+    public void Resume()
+    {
+    }
+
+    /// <inheritdoc/>
+    public void Save(StateWriter writer) => writer.Write("value", (ulong)_value);
+
+    /// <inheritdoc/>
+    public void Load(StateReader reader, int version) => _value = (byte)(reader.ReadByte("value") & 0x02);
+
+    /// <inheritdoc/>
+    public void Dispose()
+    {
+    }
+
+    /// <inheritdoc/>
+    public ulong Read(uint offset, AccessWidth width) => _value;
+
+    /// <inheritdoc/>
+    public void Write(uint offset, AccessWidth width, ulong value)
+    {
+        byte old = _value;
+        _value = (byte)(value & 0x03);
+        if (((old ^ _value) & 2) != 0)
+        {
+            _system.SetA20((value & 2) != 0);
+        }
+
+        if ((value & 1) != 0 && (old & 1) == 0)
+        {
+            _system.Request(SystemRequest.ProcessorReset, "port 0x92");
+        }
+    }
+}
+
+/// <summary>
+/// A port for test guests: a byte written ends the VM with status (value &lt;&lt; 1) | 1 (QEMU's isa-debug-exit).
+/// </summary>
+public sealed class DebugExitPort : IRegisterWindow
+{
+    private readonly ISystemControl _system;
+
+    /// <summary>Makes the port.</summary>
+    public DebugExitPort(ISystemControl system) => _system = system;
+
+    /// <inheritdoc/>
+    public uint Length => 4;
+
+    /// <inheritdoc/>
+    public ulong Read(uint offset, AccessWidth width) => 0;
+
+    /// <inheritdoc/>
+    public void Write(uint offset, AccessWidth width, ulong value) => _system.Exit((((int)value << 1) | 1) & 0xFF);
+}
+
+/// <summary>Port 0x80: POST codes; guests also write it to wait a microsecond. The last code can be asked for.</summary>
+public sealed class PostPort : IRegisterWindow
+{
+    /// <summary>Its address.</summary>
+    public const ushort Port = 0x80;
+
+    private volatile byte _last;
+
+    /// <summary>The last code.</summary>
+    public byte LastCode => _last;
+
+    /// <inheritdoc/>
+    public uint Length => 1;
+
+    /// <inheritdoc/>
+    public ulong Read(uint offset, AccessWidth width) => _last;
+
+    /// <inheritdoc/>
+    public void Write(uint offset, AccessWidth width, ulong value) => _last = (byte)value;
+}
+
+/// <summary>
+/// A debug console: bytes written go to a back end, reads say that it is there (0xE9, as Bochs and SeaBIOS expect).
+/// </summary>
+public sealed class DebugConsolePort : IRegisterWindow
+{
+    /// <summary>Where SeaBIOS and OVMF write.</summary>
+    public const ushort FirmwarePort = 0x402;
+
+    private readonly ICharBackend _backend;
+
+    /// <summary>Makes the port.</summary>
+    public DebugConsolePort(ICharBackend backend) => _backend = backend;
+
+    /// <inheritdoc/>
+    public uint Length => 1;
+
+    /// <inheritdoc/>
+    public ulong Read(uint offset, AccessWidth width) => 0xE9;
+
+    /// <inheritdoc/>
+    public void Write(uint offset, AccessWidth width, ulong value) => _backend.Write([(byte)value]);
+}
+
+/// <summary>
+/// pvpanic (QEMU docs/specs/pvpanic): reads show the events that are known, writes report them: bit 0 panicked,
+/// bit 1 crash kernel loaded, bit 2 shutdown.
+/// </summary>
+public sealed class PvPanic : IRegisterWindow
+{
+    /// <summary>Port of the ISA variant.</summary>
+    public const ushort Port = 0x505;
+
+    private const byte Events = 0x07;
+
+    private readonly ISystemControl _system;
+    private long _unknown;
+
+    /// <summary>Makes the port.</summary>
+    public PvPanic(ISystemControl system) => _system = system;
+
+    /// <summary>Writes of events that are not known.</summary>
+    public long Unknown => Interlocked.Read(ref _unknown);
+
+    /// <inheritdoc/>
+    public uint Length => 1;
+
+    /// <inheritdoc/>
+    public ulong Read(uint offset, AccessWidth width) => Events;
+
+    /// <inheritdoc/>
+    public void Write(uint offset, AccessWidth width, ulong value)
+    {
+        if ((value & ~(ulong)Events) != 0)
+        {
+            Interlocked.Increment(ref _unknown);
+        }
+
+        if ((value & 1) != 0)
+        {
+            _system.Request(SystemRequest.GuestPanicked, "pvpanic");
+        }
+        else if ((value & 2) != 0)
+        {
+            _system.Request(SystemRequest.GuestCrashLoaded, "pvpanic");
+        }
+        else if ((value & 4) != 0)
+        {
+            _system.Request(SystemRequest.GuestShutdown, "pvpanic");
+        }
+    }
+}
