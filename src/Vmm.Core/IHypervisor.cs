@@ -108,6 +108,12 @@ public sealed record VmOptions
     /// <summary>Split mode: called on a vCPU thread when a guest ends a level-triggered interrupt (vector).</summary>
     public Action<byte>? OnIoApicEoi { get; init; }
 
+    /// <summary>
+    /// FERR# of the processor: an x87 exception is pending while CR0.NE is clear. A PC chip set raises IRQ 13. Called on a
+    /// vCPU's thread, repeatedly while the condition lasts; null when nobody listens. Software CPU only.
+    /// </summary>
+    public Action? OnNumericError { get; init; }
+
     /// <summary>Number of I/O APIC pins to reserve routes for.</summary>
     public int IoApicPins { get; init; } = 24;
 }

@@ -54,7 +54,7 @@ internal static class CpuidTable
     private const string Brand = "AMD EPYC compatible software processor";
 
     /// <summary>All leaves; APIC identifiers and topology are filled in by the machine.</summary>
-    public static List<CpuidEntry> Build()
+    public static List<CpuidEntry> Build(bool hasVectorUnit)
     {
         var host = new HostFeatures();
         var leaves = new List<CpuidEntry>();
@@ -66,6 +66,12 @@ internal static class CpuidTable
         c1 |= host.Leaf1C & Bits(0, 1, 9, 12, 19, 20, 25, 28, 29);   // SSE3 PCLMUL SSSE3 FMA SSE4.1 SSE4.2 AES AVX F16C
         c1 |= Bits(3, 13, 17, 21, 22, 23, 24, 26, 30, 31);           // MONITOR CX16 PCID x2APIC MOVBE POPCNT TSCDL XSAVE
         uint d1 = Bits(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 19, 23, 24, 25, 26);
+        if (!hasVectorUnit)
+        {
+            c1 &= ~Bits(0, 1, 9, 12, 19, 20, 25, 26, 28, 29);
+            d1 &= ~Bits(0, 23, 24, 25, 26);
+        }
+
         Add(leaves, 1, FamilyModelStepping, 0x00010800, c1, d1);
         Add(leaves, 2, 0x00000001, 0, 0, 0);
         AddIndexed(leaves, 4, 0, 0, 0, 0, 0);
@@ -77,6 +83,12 @@ internal static class CpuidTable
         uint c7 = Bits(2, 3, 16, 22);                                // UMIP PKU LA57 RDPID
         c7 |= host.Leaf7C & Bits(8, 9, 10);                          // GFNI VAES VPCLMULQDQ
         uint d7 = Bits(4);                                           // FSRM
+        if (!hasVectorUnit)
+        {
+            b7 &= ~Bits(5, 29);
+            c7 &= ~Bits(8, 9, 10);
+        }
+
         AddIndexed(leaves, 7, 0, 0, b7, c7, d7);
 
         bool avx = (c1 & Bits(28)) != 0;
@@ -93,7 +105,7 @@ internal static class CpuidTable
 
         Add(leaves, 0x80000000, 0x80000021, b, c, d);
         uint c81 = Bits(0, 4, 5, 8);                                 // LAHF CR8_LEGACY ABM(LZCNT) 3DNOWPREFETCH
-        c81 |= host.Leaf81C & Bits(6);                               // SSE4A
+        c81 |= hasVectorUnit ? host.Leaf81C & Bits(6) : 0;                               // SSE4A
         uint d81 = (d1 & 0x0183F3FF) | Bits(11, 20, 22, 26, 27, 29); // SYSCALL NX MMXEXT 1G RDTSCP LM
         Add(leaves, 0x80000001, FamilyModelStepping, 0, c81, d81);
         AddBrand(leaves);

@@ -7,6 +7,27 @@ namespace Vmm.X86;
 /// <summary>The software processor as a driver: works on every x86-64 host, needs no privilege.</summary>
 public sealed class SoftHypervisor : IHypervisor
 {
+    /// <summary>Code memory that is always enough: thunks are bounded by the instruction set.</summary>
+    public const int CodeMemoryBytes = 64 << 20;
+
+    private readonly ThunkCache? _thunks;
+
+    /// <summary>Makes the driver.</summary>
+    /// <param name="code">
+    /// Memory for generated code, of <see cref="CodeMemoryBytes"/>; the caller disposes it after this. Null when the host
+    /// forbids it: guests then get a processor without x87, MMX, SSE and AVX (see <see cref="Restriction"/>).
+    /// </param>
+    public SoftHypervisor(ICodeMemory? code)
+    {
+        _thunks = code is null ? null : new ThunkCache(code);
+        SupportedCpuid = CpuidTable.Build(hasVectorUnit: code is not null);
+    }
+
+    /// <summary>Null, or one line that says what guests go without and why.</summary>
+    public string? Restriction => _thunks is null
+        ? "no x87, MMX, SSE and AVX for guests: the host forbids executable memory"
+        : null;
+
     /// <summary>Frequency of the guest's TSC: one tick a nanosecond.</summary>
     public const long TscKhz = 1_000_000;
 
@@ -25,7 +46,7 @@ public sealed class SoftHypervisor : IHypervisor
     };
 
     /// <inheritdoc/>
-    public IReadOnlyList<CpuidEntry> SupportedCpuid { get; } = CpuidTable.Build();
+    public IReadOnlyList<CpuidEntry> SupportedCpuid { get; }
 
     /// <inheritdoc/>
     public IReadOnlyList<uint> SavedMsrs => Msrs.Saved;
@@ -34,11 +55,9 @@ public sealed class SoftHypervisor : IHypervisor
     public IVm CreateVm(VmOptions options)
     {
         System.ArgumentNullException.ThrowIfNull(options);
-        return new SoftVm(options, TscKhz);
+        return new SoftVm(options, TscKhz, _thunks);
     }
 
     /// <inheritdoc/>
-    public void Dispose()
-    {
-    }
+    public void Dispose() => _thunks?.Dispose();
 }

@@ -29,13 +29,14 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         _cpu = Allocate<CpuContext>(1, 4096);
         _cpu->OwnerHandle = GCHandle.ToIntPtr(_handle);
         _cpu->Shared = vm.Shared;
+        VectorUnit.Initialise(_cpu);
         _cpu->Tlbs = Allocate<TlbEntry>(TlbEntry.Count * TlbEntry.Tables, 4096);
         _cpu->PcidAsids = Allocate<ushort>(Asids.Pcids, 64);
         _cpu->Blocks.Jumps = Allocate<JumpEntry>(BlockCache.Rows * BlockCache.RowEntries, 64);
         _cpu->Blocks.Hash = (Block**)Allocate<nint>(BlockCache.Buckets, 64);
         _cpu->Blocks.Arena = (byte*)NativeMemory.AlignedAlloc((nuint)BlockCache.ArenaBytes, 64);
         _cpu->Safe = 1;
-        SetCpuid(CpuidTable.Build().ToArray());
+        SetCpuid(CpuidTable.Build(vm.Thunks is not null).ToArray());
         PowerOn();
     }
 

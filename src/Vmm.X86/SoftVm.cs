@@ -16,7 +16,7 @@ public sealed unsafe class SoftVm : IVm
     private readonly List<SoftVcpu> _vcpus = [];
     private bool _disposed;
 
-    internal SoftVm(VmOptions options, long tscKhz)
+    internal SoftVm(VmOptions options, long tscKhz, ThunkCache? thunks)
     {
         if (options.Irqchip != IrqchipMode.User)
         {
@@ -26,6 +26,8 @@ public sealed unsafe class SoftVm : IVm
         Ports = options.Ports;
         Mmio = options.Mmio;
         Clock = options.Clock;
+        OnNumericError = options.OnNumericError;
+        Thunks = thunks;
         TscKhz = tscKhz;
         Shared = (VmShared*)NativeMemory.AllocZeroed((nuint)sizeof(VmShared));
         Shared->Code = (CodeInfo*)NativeMemory.AllocZeroed((nuint)sizeof(CodeInfo), VmShared.CodeEntries);
@@ -40,6 +42,11 @@ public sealed unsafe class SoftVm : IVm
     internal AddressMap Mmio { get; }
 
     internal IClock Clock { get; }
+
+    internal Action? OnNumericError { get; }
+
+    /// <summary>Native forms of vector instructions; null when the host forbids generated code.</summary>
+    internal ThunkCache? Thunks { get; }
 
     internal long TscKhz { get; }
 

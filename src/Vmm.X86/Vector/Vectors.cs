@@ -11,14 +11,26 @@ namespace Vmm.X86;
 internal static unsafe class Vectors
 {
     /// <summary>
-    /// Fills Handler (and Aux) of a record. Operand fields of the record (registers, memory operand, sizes, flags) are
-    /// already resolved; vector registers have R0..R2 = Iced's register number. Called while decoding, with the CPUID
-    /// check done: instructions that the guest's CPUID lacks never arrive here.
+    /// Fills Handler (and Aux) of a record. Operand fields of the record (memory operand, sizes, flags) are already
+    /// resolved; vector registers are resolved here. Called while decoding, with the CPUID check done: instructions that
+    /// the guest's CPUID lacks never arrive here.
     /// </summary>
     /// <param name="vcpu">The processor that decodes.</param>
     /// <param name="instruction">As Iced decoded it; its IP is relative to the block.</param>
     /// <param name="bytes">Raw bytes, prefixes included.</param>
     /// <param name="insn">The record.</param>
     /// <returns>False when the code is not one of the group: #UD.</returns>
-    public static bool TryBind(SoftVcpu vcpu, in Instruction instruction, ReadOnlySpan<byte> bytes, Insn* insn) => false;
+    public static bool TryBind(SoftVcpu vcpu, in Instruction instruction, ReadOnlySpan<byte> bytes, Insn* insn)
+    {
+        ThunkCache? thunks = vcpu.Vm.Thunks;
+        if (thunks is null)
+        {
+            return false;
+        }
+
+        fixed (byte* raw = bytes)
+        {
+            return VectorUnit.Bind(instruction, raw, insn, thunks);
+        }
+    }
 }
