@@ -244,6 +244,16 @@ public interface IVcpu : IDisposable
 
     /// <summary>Replaces the architectural state.</summary>
     void WriteState(CpuState state);
+
+    /// <summary>
+    /// Copies out what most single instructions need: general and control registers, EFER, RIP, flags, segments,
+    /// tables, pending event and shadows. XSAVE area, XCR0, debug registers and MSRs keep what <paramref name="state"/>
+    /// had. Much cheaper than <see cref="ReadState"/> with some drivers.
+    /// </summary>
+    void ReadRegisters(CpuState state) => ReadState(state);
+
+    /// <summary>Replaces what <see cref="ReadRegisters"/> reads and nothing else.</summary>
+    void WriteRegisters(CpuState state) => WriteState(state);
 }
 
 /// <summary>One CPUID leaf.</summary>

@@ -22,9 +22,9 @@ namespace Vmm.Kvm;
 // makes exactly one Run return Interrupted and leaves nothing behind.
 //
 // Interrupts in User mode. Before each entry: deliver NMI; if the guest can take an interrupt (the kernel says so in
-// the run page) acknowledge one at the port and queue it, else ask the kernel to come back when it can. HLT is waited
-// out by the run loop; INIT and start-up IPIs are executed here on the registers, because KVM leaves the activity
-// state to user space in this mode.
+// the run page) acknowledge one at the port and queue it, else ask the kernel to come back when it can. KVM leaves the
+// activity state to user space in this mode: HLT is remembered here and waited out by the run loop, which also executes
+// INIT and start-up IPIs (they kick, so Run comes back for them).
 //
 // Threads: Run, ReadState, WriteState and SetCpuid by one thread at a time; Kick by any.
 
@@ -44,12 +44,10 @@ internal sealed unsafe class KvmVcpu : IVcpu
     private readonly bool _isUserIrqchip;
     private readonly bool _hasImmediateExit;
     private readonly VcpuStateAccess _access;
-    private CpuState? _scratch;
     private ActivityState _activity;
     private nint _thread;
     private bool _inRun;
     private bool _kicked;
-    private bool _isCompletionDue;
     private bool _disposed;
 
     internal KvmVcpu(KvmVm vm, SafeFileHandle file, int index, ICpuInterruptPort? port)
@@ -84,12 +82,9 @@ internal sealed unsafe class KvmVcpu : IVcpu
         if (_isUserIrqchip)
         {
             state.Activity = _activity;
-            if (_port is not null)
-            {
-                state.Cr8 = _port.Cr8;
-                state.ApicBase = _port.ApicBase;
-            }
         }
+
+        ReadPort(state);
     }
 
     /// <inheritdoc/>
@@ -100,12 +95,25 @@ internal sealed unsafe class KvmVcpu : IVcpu
         if (_isUserIrqchip)
         {
             _activity = state.Activity;
-            if (_port is not null)
-            {
-                _port.ApicBase = state.ApicBase;
-                _port.Cr8 = (byte)state.Cr8;
-            }
         }
+
+        WritePort(state);
+    }
+
+    /// <inheritdoc/>
+    public void ReadRegisters(CpuState state)
+    {
+        ArgumentNullException.ThrowIfNull(state);
+        _access.ReadRegisters(state);
+        ReadPort(state);
+    }
+
+    /// <inheritdoc/>
+    public void WriteRegisters(CpuState state)
+    {
+        ArgumentNullException.ThrowIfNull(state);
+        _access.WriteRegisters(state);
+        WritePort(state);
     }
 
     /// <inheritdoc/>
@@ -156,6 +164,25 @@ internal sealed unsafe class KvmVcpu : IVcpu
 
         _mapping.Dispose();
         _file.Dispose();
+    }
+
+    // In User mode the task priority and the APIC's base are the port's.
+    private void ReadPort(CpuState state)
+    {
+        if (_port is not null)
+        {
+            state.Cr8 = _port.Cr8;
+            state.ApicBase = _port.ApicBase;
+        }
+    }
+
+    private void WritePort(CpuState state)
+    {
+        if (_port is not null)
+        {
+            _port.ApicBase = state.ApicBase;
+            _port.Cr8 = (byte)state.Cr8;
+        }
     }
 
     private void Enter()
@@ -209,13 +236,13 @@ internal sealed unsafe class KvmVcpu : IVcpu
             {
                 if (!PrepareUserIrqchip(_port))
                 {
+                    exit.InterruptsMasked = run->if_flag == 0;
                     return TakeKick() ? ExitKind.Interrupted : ExitKind.Halted;
                 }
 
                 cr8 = run->cr8;
             }
 
-            _isCompletionDue = false;
             int result = Ioctl.InvokeKvm(_fd, KvmAbi.KVM_RUN, 0);
             if (_port is not null)
             {
@@ -241,7 +268,6 @@ internal sealed unsafe class KvmVcpu : IVcpu
             switch (run->exit_reason)
             {
                 case KvmAbi.KVM_EXIT_IO:
-                    _isCompletionDue = true;
                     if (!ServePort(run))
                     {
                         return Fail(ref exit, 0, "KVM described a port access outside its page");
@@ -249,7 +275,6 @@ internal sealed unsafe class KvmVcpu : IVcpu
 
                     break;
                 case KvmAbi.KVM_EXIT_MMIO:
-                    _isCompletionDue = true;
                     ServeMmio(run);
                     break;
                 case KvmAbi.KVM_EXIT_IRQ_WINDOW_OPEN:
@@ -270,16 +295,15 @@ internal sealed unsafe class KvmVcpu : IVcpu
                     _activity = ActivityState.Halted;
                     if (_port is null)
                     {
+                        exit.InterruptsMasked = run->if_flag == 0;
                         return ExitKind.Halted;
                     }
 
                     break;
                 case KvmAbi.KVM_EXIT_X86_RDMSR:
-                    _isCompletionDue = true;
                     ServeReadMsr(run);
                     break;
                 case KvmAbi.KVM_EXIT_X86_WRMSR:
-                    _isCompletionDue = true;
                     ServeWriteMsr(run);
                     break;
                 case KvmAbi.KVM_EXIT_HYPERCALL:
@@ -335,48 +359,10 @@ internal sealed unsafe class KvmVcpu : IVcpu
         return true;
     }
 
-    // Makes the next KVM_RUN finish the current instruction and come back.
-    private void KickSelf()
-    {
-        lock (_kickGate)
-        {
-            if (!_kicked)
-            {
-                _kicked = true;
-                _run->immediate_exit = 1;
-                if (!_hasImmediateExit)
-                {
-                    KickSignal.Send(_thread);
-                }
-            }
-        }
-    }
-
     // Before an entry in User mode. False: nothing to run until the port wakes.
     private bool PrepareUserIrqchip(ICpuInterruptPort port)
     {
         kvm_run* run = _run;
-        if (port.HasInit)
-        {
-            // The registers are about to be replaced: first let the kernel finish the instruction that it is in. That
-            // may take another exit, after which this is tried again.
-            if (_isCompletionDue)
-            {
-                KickSelf();
-                return true;
-            }
-
-            if (port.TakeInit())
-            {
-                ExecuteInit(port);
-            }
-        }
-
-        if (port.HasStartup && port.TakeStartup(out byte vector) && _activity == ActivityState.WaitForStartup)
-        {
-            ExecuteStartup(vector);
-        }
-
         if (_activity != ActivityState.Running)
         {
             bool wakes = _activity == ActivityState.Halted
@@ -425,30 +411,6 @@ internal sealed unsafe class KvmVcpu : IVcpu
         {
             port.ApicBase = _run->apic_base;
         }
-    }
-
-    private void ExecuteInit(ICpuInterruptPort port)
-    {
-        CpuState state = _scratch ??= new CpuState();
-        _access.Read(state);
-        state.ApicBase = port.ApicBase;
-        state.Reset(isInit: true, _access.FamilyModelStepping);
-        const ulong BootProcessor = 1 << 8;
-        _activity = (port.ApicBase & BootProcessor) != 0 ? ActivityState.Running : ActivityState.WaitForStartup;
-        state.Activity = _activity;
-        _access.Write(state);
-    }
-
-    // SDM 3A 10.4.4.1: the processor starts in real mode at vector << 12.
-    private void ExecuteStartup(byte vector)
-    {
-        CpuState state = _scratch ??= new CpuState();
-        _access.Read(state);
-        state.Segments[1] = state.Segments[1] with { Selector = (ushort)(vector << 8), Base = (ulong)vector << 12 };
-        state.Rip = 0;
-        _activity = ActivityState.Running;
-        state.Activity = _activity;
-        _access.Write(state);
     }
 
     private bool ServePort(kvm_run* run)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
 using System.Collections.Generic;
+using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
 using Vmm.Core;
 using Vmm.Kvm.Abi;
@@ -46,9 +47,6 @@ internal sealed unsafe class VcpuStateAccess
         _canUseRunPage = (has.SyncRegisters & Needed) == Needed;
     }
 
-    /// <summary>CPUID leaf 1's EAX, which the processor holds in EDX after a reset.</summary>
-    internal uint FamilyModelStepping { get; private set; }
-
     /// <summary>Run is about to enter the guest: what the page holds will be old.</summary>
     internal void ForgetRunPage() => _pageIsCurrent = false;
 
@@ -83,11 +81,6 @@ internal sealed unsafe class VcpuStateAccess
                 to->ebx = entry.Ebx;
                 to->ecx = entry.Function == 1 ? FilterFeatures(entry.Ecx) : entry.Ecx;
                 to->edx = entry.Edx;
-                if (entry.Function == 1)
-                {
-                    FamilyModelStepping = entry.Eax;
-                }
-
                 to++;
             }
 
@@ -97,9 +90,6 @@ internal sealed unsafe class VcpuStateAccess
 
     internal void Read(CpuState state)
     {
-        kvm_regs regs;
-        kvm_sregs sregs;
-        kvm_vcpu_events events;
         if (!_isUserIrqchip)
         {
             // First: it lets a vCPU that got a start-up IPI settle.
@@ -107,7 +97,6 @@ internal sealed unsafe class VcpuStateAccess
             KvmCall.Require(_vcpu, KvmAbi.KVM_GET_MP_STATE, (nint)(&activity), "KVM_GET_MP_STATE");
             state.Activity = activity.mp_state switch
             {
-                KvmAbi.KVM_MP_STATE_RUNNABLE => ActivityState.Running,
                 KvmAbi.KVM_MP_STATE_UNINITIALIZED => ActivityState.WaitForInit,
                 KvmAbi.KVM_MP_STATE_HALTED => ActivityState.Halted,
                 KvmAbi.KVM_MP_STATE_INIT_RECEIVED or KvmAbi.KVM_MP_STATE_SIPI_RECEIVED
@@ -116,22 +105,7 @@ internal sealed unsafe class VcpuStateAccess
             };
         }
 
-        if (_pageIsCurrent)
-        {
-            regs = _run->s.regs;
-            sregs = _run->s.sregs;
-            events = _run->s.events;
-        }
-        else
-        {
-            KvmCall.Require(_vcpu, KvmAbi.KVM_GET_REGS, (nint)(&regs), "KVM_GET_REGS");
-            KvmCall.Require(_vcpu, KvmAbi.KVM_GET_SREGS, (nint)(&sregs), "KVM_GET_SREGS");
-            KvmCall.Require(_vcpu, KvmAbi.KVM_GET_VCPU_EVENTS, (nint)(&events), "KVM_GET_VCPU_EVENTS");
-        }
-
-        FromKvm(regs, state);
-        FromKvm(sregs, state);
-        FromKvm(events, state);
+        ReadRegisters(state);
         ReadXsave(state);
         ReadXcrs(state);
         ReadDebugRegisters(state);
@@ -141,22 +115,7 @@ internal sealed unsafe class VcpuStateAccess
 
     internal void Write(CpuState state)
     {
-        kvm_sregs sregs = ToSregs(state);
-        kvm_regs regs = ToRegs(state);
-        kvm_vcpu_events events = ToEvents(state);
-        if (_pageIsCurrent)
-        {
-            _run->s.regs = regs;
-            _run->s.sregs = sregs;
-            _run->s.events = events;
-            _run->kvm_dirty_regs =
-                KvmAbi.KVM_SYNC_X86_REGS | KvmAbi.KVM_SYNC_X86_SREGS | KvmAbi.KVM_SYNC_X86_EVENTS;
-        }
-        else
-        {
-            KvmCall.Require(_vcpu, KvmAbi.KVM_SET_SREGS, (nint)(&sregs), "KVM_SET_SREGS");
-            KvmCall.Require(_vcpu, KvmAbi.KVM_SET_REGS, (nint)(&regs), "KVM_SET_REGS");
-        }
+        WriteSpecial(state);
 
         // XCR0 first: it bounds what the XSAVE area may hold.
         WriteXcrs(state);
@@ -164,16 +123,76 @@ internal sealed unsafe class VcpuStateAccess
         WriteLocalApic(state);
         WriteMsrs(state);
         WriteDebugRegisters(state);
-        if (!_pageIsCurrent)
-        {
-            KvmCall.Require(_vcpu, KvmAbi.KVM_SET_VCPU_EVENTS, (nint)(&events), "KVM_SET_VCPU_EVENTS");
-        }
-
+        WriteEvents(state);
         var activity = new kvm_mp_state
         {
             mp_state = _isUserIrqchip ? KvmAbi.KVM_MP_STATE_RUNNABLE : (uint)state.Activity,
         };
         KvmCall.Require(_vcpu, KvmAbi.KVM_SET_MP_STATE, (nint)(&activity), "KVM_SET_MP_STATE");
+    }
+
+    internal void ReadRegisters(CpuState state)
+    {
+        if (_pageIsCurrent)
+        {
+            FromKvm(_run->s.regs, state);
+            FromKvm(_run->s.sregs, state);
+            FromKvm(_run->s.events, state);
+            return;
+        }
+
+        kvm_regs regs;
+        kvm_sregs sregs;
+        kvm_vcpu_events events;
+        KvmCall.Require(_vcpu, KvmAbi.KVM_GET_REGS, (nint)(&regs), "KVM_GET_REGS");
+        KvmCall.Require(_vcpu, KvmAbi.KVM_GET_SREGS, (nint)(&sregs), "KVM_GET_SREGS");
+        KvmCall.Require(_vcpu, KvmAbi.KVM_GET_VCPU_EVENTS, (nint)(&events), "KVM_GET_VCPU_EVENTS");
+        FromKvm(regs, state);
+        FromKvm(sregs, state);
+        FromKvm(events, state);
+    }
+
+    internal void WriteRegisters(CpuState state)
+    {
+        if (!_pageIsCurrent)
+        {
+            WriteSpecial(state);
+            WriteEvents(state);
+            return;
+        }
+
+        // Special registers are slow to load and seldom change, so they go back only if they did.
+        kvm_sregs sregs = ToSregs(state);
+        Unsafe.CopyBlock(sregs.interrupt_bitmap, _run->s.sregs.interrupt_bitmap, 4 * sizeof(ulong));
+        if (!Same(&sregs, &_run->s.sregs, sizeof(kvm_sregs)))
+        {
+            _run->s.sregs = sregs;
+            _run->kvm_dirty_regs |= KvmAbi.KVM_SYNC_X86_SREGS;
+        }
+
+        _run->s.regs = ToRegs(state);
+        _run->s.events = ToEvents(state);
+        _run->kvm_dirty_regs |= KvmAbi.KVM_SYNC_X86_REGS | KvmAbi.KVM_SYNC_X86_EVENTS;
+    }
+
+    private static bool Same(void* left, void* right, int length) =>
+        new ReadOnlySpan<byte>(left, length).SequenceEqual(new ReadOnlySpan<byte>(right, length));
+
+    // Special registers before general ones. By system calls: the page is old from here on, also for its owner.
+    private void WriteSpecial(CpuState state)
+    {
+        _pageIsCurrent = false;
+        _run->kvm_dirty_regs = 0;
+        kvm_sregs sregs = ToSregs(state);
+        kvm_regs regs = ToRegs(state);
+        KvmCall.Require(_vcpu, KvmAbi.KVM_SET_SREGS, (nint)(&sregs), "KVM_SET_SREGS");
+        KvmCall.Require(_vcpu, KvmAbi.KVM_SET_REGS, (nint)(&regs), "KVM_SET_REGS");
+    }
+
+    private void WriteEvents(CpuState state)
+    {
+        kvm_vcpu_events events = ToEvents(state);
+        KvmCall.Require(_vcpu, KvmAbi.KVM_SET_VCPU_EVENTS, (nint)(&events), "KVM_SET_VCPU_EVENTS");
     }
 
     // In User mode KVM would swallow writes to IA32_TSC_DEADLINE, and without exits for unknown MSRs a guest could not

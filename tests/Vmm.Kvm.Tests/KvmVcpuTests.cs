@@ -177,13 +177,13 @@ public sealed class KvmVcpuTests
         int times = 0;
         while (machine.Run() == ExitKind.NeedsEmulation)
         {
-            machine.Cpu.ReadState(state);
+            machine.Cpu.ReadRegisters(state);
             state.Rip.Should().Be(TestMachine.CodeAddress + 3);
             state.Gpr[1].Should().Be((ulong)(5 - times));
             state.Rip += 7;
             state.Gpr[0] += 0x10001;
-            machine.Cpu.WriteState(state);
-            machine.Cpu.ReadState(state);
+            machine.Cpu.WriteRegisters(state);
+            machine.Cpu.ReadRegisters(state);
             state.Rip.Should().Be(TestMachine.CodeAddress + 10);
             times++;
         }
@@ -212,7 +212,7 @@ public sealed class KvmVcpuTests
             }
         });
         thread.Start();
-        for (int i = 0; i < 300; i++)
+        for (int i = 0; i < 100; i++)
         {
             entered.Wait(10_000).Should().BeTrue();
             if (i % 3 == 0)
@@ -220,7 +220,7 @@ public sealed class KvmVcpuTests
                 Thread.SpinWait(100_000);
             }
 
-            if (i == 299)
+            if (i == 99)
             {
                 Volatile.Write(ref stop, true);
             }
@@ -455,22 +455,41 @@ public sealed class KvmVcpuTests
     }
 
     [KvmFact]
-    public void Run_UserIrqchip_InitAndStartupStartASecondProcessor()
+    public void Run_UserIrqchip_WaitsToBeStarted()
     {
-        var bootPort = new FakeInterruptPort();
+        using var machine = new TestMachine(port: new FakeInterruptPort());
         var port = new FakeInterruptPort { ApicBase = 0xFEE00800 };
-        using var machine = new TestMachine(port: bootPort);
         IVcpu second = machine.AddCpu(port);
         machine.Load([0x8C, 0xC8, 0xE7, 0x20, 0xF4], 0x3000);   // mov ax, cs; out 0x20, ax; hlt
-        TestMachine.Run(second, out _).Should().Be(ExitKind.Halted);
-        port.RaiseStartup(3);
-        TestMachine.Run(second, out _).Should().Be(ExitKind.Halted);
-        machine.PortLog.Writes.Should().BeEmpty("a start-up IPI without INIT does nothing");
         port.RaiseInit();
-        TestMachine.Run(second, out _).Should().Be(ExitKind.Halted);
         port.RaiseStartup(3);
+        TestMachine.Run(second, out _).Should().Be(ExitKind.Halted);
+        port.HasInit.Should().BeTrue("INIT and start-up IPIs are the run loop's");
+        port.HasStartup.Should().BeTrue("INIT and start-up IPIs are the run loop's");
+
+        // What the run loop does with them.
+        var state = new CpuState();
+        second.ReadState(state);
+        state.Activity.Should().Be(ActivityState.WaitForInit);
+        state.Segments[1] = state.Segments[1] with { Selector = 0x300, Base = 0x3000 };
+        state.Rip = 0;
+        state.Activity = ActivityState.Running;
+        second.WriteState(state);
         TestMachine.Run(second, out _).Should().Be(ExitKind.Halted);
         machine.PortLog.Writes.Should().Equal((0x20, AccessWidth.Word, 0x300UL));
+    }
+
+    [KvmFact]
+    public void Run_Halt_SaysWhetherInterruptsAreMasked()
+    {
+        using var machine = new TestMachine(port: new FakeInterruptPort());
+        machine.Load([0xFB, 0xF4]);     // sti; hlt
+        machine.Run(out VcpuExit exit).Should().Be(ExitKind.Halted);
+        exit.InterruptsMasked.Should().BeFalse();
+        using var other = new TestMachine(port: new FakeInterruptPort());
+        other.Load([0xFA, 0xF4]);       // cli; hlt
+        other.Run(out exit).Should().Be(ExitKind.Halted);
+        exit.InterruptsMasked.Should().BeTrue();
     }
 
     [KvmFact]
