@@ -50,6 +50,11 @@ public sealed record HypervisorCapabilities
     /// <summary>True when guest code, ring 0 included, runs on the processor or a fast equivalent.</summary>
     public bool FastKernelCode { get; init; } = true;
 
+    /// <summary>
+    /// In User mode a guest's accesses to the x2APIC MSRs and to IA32_TSC_DEADLINE reach its <see cref="ICpuInterruptPort"/>.
+    /// </summary>
+    public bool UserApicMsrs { get; init; }
+
     /// <summary>Frequency of the guest's time stamp counter in kHz.</summary>
     public required long TscKhz { get; init; }
 }

@@ -44,16 +44,20 @@ internal sealed class CpuModel
     private readonly List<CpuidEntry> _base = [];
     private readonly CpuTopology _topology;
     private readonly bool _ownApic;
+    private readonly bool _apicMsrs;
 
     /// <summary>Computes the common part.</summary>
     /// <param name="supported">The driver's leaves.</param>
     /// <param name="model">The model's row.</param>
     /// <param name="topology">How vCPUs are arranged.</param>
     /// <param name="ownApic">The local APICs are ours (User mode), which have x2APIC and TSC deadline.</param>
-    public CpuModel(IReadOnlyList<CpuidEntry> supported, CpuModelRow model, CpuTopology topology, bool ownApic)
+    /// <param name="apicMsrs">With own APICs: the driver passes the MSRs of both on.</param>
+    public CpuModel(
+        IReadOnlyList<CpuidEntry> supported, CpuModelRow model, CpuTopology topology, bool ownApic, bool apicMsrs)
     {
         _topology = topology;
         _ownApic = ownApic;
+        _apicMsrs = apicMsrs;
         foreach (CpuidEntry entry in supported)
         {
             if (entry.Function is 0xB or 0x1F or 0xA || (entry.Function is >= 0x40000000 and <= 0x4FFFFFFF && !model.IsOpen))
@@ -105,7 +109,8 @@ internal sealed class CpuModel
                 uint ecx = (entry.Ecx | Leaf1EcxHypervisor) & ~Leaf1EcxOsxsave;
                 if (_ownApic)
                 {
-                    ecx |= Leaf1EcxX2Apic | Leaf1EcxTscDeadline;
+                    const uint NeedMsrs = Leaf1EcxX2Apic | Leaf1EcxTscDeadline;
+                    ecx = _apicMsrs ? ecx | NeedMsrs : ecx & ~NeedMsrs;
                 }
 
                 uint edx = (entry.Edx | Leaf1EdxApic) & ~Leaf1EdxHtt;
