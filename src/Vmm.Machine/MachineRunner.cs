@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.IO;
+using Vmm.Config;
+using Vmm.Core;
+using Vmm.Host;
+using Vmm.Machine.Boot;
+
+namespace Vmm.Machine;
+
+/// <summary>How to run a machine in the foreground.</summary>
+public sealed record RunOptions
+{
+    /// <summary>What <c>stdio</c> means in the definition; null when there is no terminal to give.</summary>
+    public ICharBackend? Stdio { get; init; }
+
+    /// <summary>Says which driver was taken and why, in one line.</summary>
+    public bool ReportDriver { get; init; } = true;
+
+    /// <summary>Handed the machine before it starts; what it returns is disposed after it has stopped.</summary>
+    public Func<Machine, IDisposable?>? OnBuilt { get; init; }
+}
+
+/// <summary>Builds a machine from a definition, runs it to its end and turns everything into an exit status.</summary>
+public static class MachineRunner
+{
+    /// <summary>EX_NOINPUT: a file that the definition names is missing or unreadable.</summary>
+    public const int StatusNoInput = 66;
+
+    /// <summary>EX_UNAVAILABLE: no driver can be used.</summary>
+    public const int StatusNoDriver = 69;
+
+    /// <summary>EX_CONFIG: the definition asks for something impossible.</summary>
+    public const int StatusConfig = 78;
+
+    /// <summary>A failure of the host or of this program.</summary>
+    public const int StatusError = 4;
+
+    /// <summary>Runs.</summary>
+    /// <param name="spec">The definition, already validated.</param>
+    /// <param name="options">How.</param>
+    /// <param name="log">Receives one line per thing that people should know; standard error of vmctl.</param>
+    /// <returns>The exit status of <c>vmctl run</c>.</returns>
+    public static int Run(MachineSpec spec, RunOptions options, TextWriter log)
+    {
+        ArgumentNullException.ThrowIfNull(spec);
+        ArgumentNullException.ThrowIfNull(options);
+        ArgumentNullException.ThrowIfNull(log);
+        try
+        {
+            AccelChoice choice = AccelChooser.Choose(spec.Accel);
+            if (options.ReportDriver)
+            {
+                log.WriteLine($"vmctl: {spec.Name}: runs on {choice.Reason}");
+            }
+
+            using Machine machine = MachineBuilder.Build(spec, choice.Hypervisor, options.Stdio);
+            using IDisposable? companion = options.OnBuilt?.Invoke(machine);
+            MachineResult result = machine.Run();
+            if (result.Message is not null)
+            {
+                log.WriteLine($"vmctl: {spec.Name}: {result.Message}");
+            }
+
+            return result.ExitStatus;
+        }
+        catch (BootException e)
+        {
+            log.WriteLine($"vmctl: {spec.Name}: {e.Message}");
+            return e.IsMissingInput ? StatusNoInput : StatusConfig;
+        }
+        catch (NoDriverException e)
+        {
+            log.WriteLine($"vmctl: {spec.Name}: {e.Message}");
+            return StatusNoDriver;
+        }
+        catch (HypervisorException e)
+        {
+            log.WriteLine($"vmctl: {spec.Name}: {e.Message}");
+            return StatusError;
+        }
+        catch (HostException e)
+        {
+            log.WriteLine($"vmctl: {spec.Name}: {e.Message}");
+            return StatusError;
+        }
+    }
+}
