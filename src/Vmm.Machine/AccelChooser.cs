@@ -81,5 +81,6 @@ public static class AccelChooser
         }
     }
 
-    private static SoftHypervisor OpenSoft() => new();
+    private static SoftHypervisor OpenSoft() =>
+        new(CodeMemory.TryCreate(SoftHypervisor.CodeMemoryBytes, out _));
 }

@@ -20,6 +20,7 @@ internal sealed class InterruptWiring : IMsiSink
     private const int IoApicTimerPin = 2;
     private readonly IVm? _kernelSide;
     private readonly ApicBus? _bus;
+    private readonly SharedLine[] _isa = new SharedLine[IsaLines];
 
     private InterruptWiring(IVm? kernelSide, ApicBus? bus)
     {
@@ -27,8 +28,8 @@ internal sealed class InterruptWiring : IMsiSink
         _bus = bus;
     }
 
-    /// <summary>ISA interrupt lines 0 to 15; each may be driven by one device (or a <see cref="SharedLine"/>).</summary>
-    public IIrqLine[] Isa { get; } = new IIrqLine[IsaLines];
+    /// <summary>Makes an input of ISA interrupt line 0 to 15; the line is up while any of its inputs is.</summary>
+    public IIrqLine Line(int isa) => _isa[isa].AddInput();
 
     /// <summary>Local APICs in User mode; empty otherwise.</summary>
     public List<LocalApic> LocalApics { get; } = [];
@@ -56,7 +57,7 @@ internal sealed class InterruptWiring : IMsiSink
             for (int i = 0; i < IsaLines; i++)
             {
                 uint gsi = (uint)i;
-                kernel.Isa[i] = new SharedLine(new DelegateLine(level => vm.SetIrqLine(gsi, level))).AddInput();
+                kernel._isa[i] = new SharedLine(new DelegateLine(level => vm.SetIrqLine(gsi, level)));
             }
 
             return kernel;
@@ -73,7 +74,7 @@ internal sealed class InterruptWiring : IMsiSink
         options.Ports.Map(0xA0, pic.SlavePorts);
         options.Ports.Map(0x4D0, pic.ElcrPorts);
 
-        var ioApic = new IoApic(0, wiring, pic, options.IoApicPins);
+        var ioApic = new IoApic(0, wiring, options.IoApicPins);
         wiring.IoApic = ioApic;
         wiring.Devices.Add(ioApic);
         options.Mmio.Map(0xFEC00000, ioApic);
@@ -100,7 +101,7 @@ internal sealed class InterruptWiring : IMsiSink
         for (int i = 0; i < IsaLines; i++)
         {
             IIrqLine pin = ioApic.Input(i == 0 ? IoApicTimerPin : i);
-            wiring.Isa[i] = i == 2 ? UnconnectedLine.Instance : new FanoutLine(pic.Input(i), pin);
+            wiring._isa[i] = new SharedLine(i == 2 ? UnconnectedLine.Instance : new FanoutLine(pic.Input(i), pin));
         }
 
         return wiring;

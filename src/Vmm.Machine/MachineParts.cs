@@ -47,6 +47,9 @@ internal sealed class MachineParts
     /// <summary>Devices in the order of their making; owned.</summary>
     public List<IDevice> Devices { get; } = [];
 
+    /// <summary>Memory that a snapshot holds; owned through <see cref="Resources"/>.</summary>
+    public List<RamBlock> Blocks { get; } = [];
+
     /// <summary>RAM blocks and back ends; owned, disposed last.</summary>
     public List<IDisposable> Resources { get; } = [];
 

@@ -2,6 +2,7 @@
 using System;
 using System.Buffers.Binary;
 using System.Collections.Generic;
+using System.Globalization;
 using System.IO;
 using System.Security.Cryptography;
 using System.Text;
@@ -110,7 +111,7 @@ public static class Snapshot
             {
                 ReadMachine(state, reader);
             }
-            else if (name.StartsWith("cpu", StringComparison.Ordinal) && int.TryParse(name.AsSpan(3), out int index))
+            else if (name.StartsWith("cpu", StringComparison.Ordinal) && int.TryParse(name.AsSpan(3), CultureInfo.InvariantCulture, out int index))
             {
                 ReadCpu(state, reader, index);
             }

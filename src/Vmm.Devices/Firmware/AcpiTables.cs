@@ -3,6 +3,7 @@ using System;
 using System.Buffers.Binary;
 using System.Collections.Generic;
 using System.Text;
+using Vmm.Devices.Legacy;
 
 namespace Vmm.Devices.Firmware;
 
@@ -12,7 +13,7 @@ namespace Vmm.Devices.Firmware;
 // fixed address (AcpiBlob.PlaceAt), SeaBIOS and OVMF get the same blob over fw_cfg together with the pointers and
 // checksums that they have to patch.
 //
-// The machine has no SMI: SMI_CMD is 0, which says that it is always in ACPI mode (§4.8.2.5).
+// A guest enters ACPI mode by writing ACPI_ENABLE to the APM port (§4.8.2.5); no SMI is involved.
 
 /// <summary>Adds what a device wants to be in the namespace, inside \_SB.</summary>
 public interface IAcpiNode
@@ -27,17 +28,8 @@ public sealed record AcpiSpec
     /// <summary>vCPUs; APIC identifiers are 0 to count - 1.</summary>
     public required int Cpus { get; init; }
 
-    /// <summary>First port of the PM1 event, PM1 control and PM timer blocks: base, base + 4, base + 8.</summary>
-    public ushort PmBase { get; init; } = 0x600;
-
-    /// <summary>Ports of general-purpose event block 0; 0 for none.</summary>
-    public ushort Gpe0Base { get; init; }
-
-    /// <summary>Bytes of general-purpose event block 0.</summary>
-    public byte Gpe0Bytes { get; init; }
-
-    /// <summary>SLP_TYP that means S5.</summary>
-    public byte SoftOffType { get; init; }
+    /// <summary>First port of the power management block (see AcpiPm for what lies in it).</summary>
+    public ushort PmBase { get; init; } = AcpiPm.DefaultPort;
 
     /// <summary>The system control interrupt.</summary>
     public byte SciIrq { get; init; } = 9;
@@ -212,19 +204,17 @@ public static class AcpiTables
     {
         var fadt = new byte[276];
         fadt[46] = spec.SciIrq;
-        Put32(fadt, 56, spec.PmBase);
-        Put32(fadt, 64, spec.PmBase + 4u);
-        Put32(fadt, 76, spec.PmBase + 8u);
+        Put32(fadt, 48, AcpiPm.ApmPort);
+        fadt[52] = AcpiPm.AcpiEnable;
+        fadt[53] = AcpiPm.AcpiDisable;
+        Put32(fadt, 56, spec.PmBase + AcpiPm.Pm1Event);
+        Put32(fadt, 64, spec.PmBase + AcpiPm.Pm1Control);
+        Put32(fadt, 76, spec.PmBase + AcpiPm.PmTimer);
+        Put32(fadt, 80, spec.PmBase + AcpiPm.Gpe0);
         fadt[88] = 4;
         fadt[89] = 2;
         fadt[91] = 4;
-        if (spec.Gpe0Bytes > 0)
-        {
-            Put32(fadt, 80, spec.Gpe0Base);
-            fadt[92] = spec.Gpe0Bytes;
-            Generic(fadt, 220, spec.Gpe0Base, spec.Gpe0Bytes * 8);
-        }
-
+        fadt[92] = 4;
         BinaryPrimitives.WriteUInt16LittleEndian(fadt.AsSpan(96), 0xFFF);
         BinaryPrimitives.WriteUInt16LittleEndian(fadt.AsSpan(98), 0xFFF);
         fadt[108] = 0x32;
@@ -233,14 +223,15 @@ public static class AcpiTables
         int bootArch = 1 | (spec.HasKeyboardController ? 2 : 0) | (spec.HasVga ? 0 : 4);
         BinaryPrimitives.WriteUInt16LittleEndian(fadt.AsSpan(109), (ushort)bootArch);
 
-        // WBINVD, C1, no sleep button, 32-bit timer, reset register.
-        Put32(fadt, 112, (1 << 0) | (1 << 2) | (1 << 5) | (1 << 8) | (1 << 10));
+        // WBINVD, C1, no sleep button, reset register; the timer has 24 bits.
+        Put32(fadt, 112, (1 << 0) | (1 << 2) | (1 << 5) | (1 << 10));
         Generic(fadt, 116, 0xCF9, 8);
         fadt[128] = 6;
         fadt[131] = 5;
-        Generic(fadt, 148, spec.PmBase, 32);
-        Generic(fadt, 172, spec.PmBase + 4u, 16);
-        Generic(fadt, 208, spec.PmBase + 8u, 32);
+        Generic(fadt, 148, spec.PmBase + AcpiPm.Pm1Event, 32);
+        Generic(fadt, 172, spec.PmBase + AcpiPm.Pm1Control, 16);
+        Generic(fadt, 208, spec.PmBase + AcpiPm.PmTimer, 32);
+        Generic(fadt, 220, spec.PmBase + AcpiPm.Gpe0, 32);
         return fadt[HeaderBytes..];
     }
 
@@ -297,7 +288,7 @@ public static class AcpiTables
     private static byte[] Dsdt(AcpiSpec spec)
     {
         var aml = new Aml();
-        aml.Name("\\_S5_", term => term.Package(4, p => p.Integer(spec.SoftOffType).Integer(spec.SoftOffType).Integer(0).Integer(0)));
+        aml.Name("\\_S5_", term => term.Package(4, p => p.Integer(AcpiPm.SleepTypeS5).Integer(AcpiPm.SleepTypeS5).Integer(0).Integer(0)));
         aml.Scope("\\_SB_", bus =>
         {
             for (int i = 0; i < spec.Cpus; i++)

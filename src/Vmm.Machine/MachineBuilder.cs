@@ -1,0 +1,320 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Collections.Generic;
+using Vmm.Config;
+using Vmm.Core;
+using Vmm.Devices.Firmware;
+using Vmm.Devices.Legacy;
+using Vmm.Devices.Pci;
+using Vmm.Host;
+using Vmm.Machine.Boot;
+using Vmm.Memory;
+
+namespace Vmm.Machine;
+
+// Theory. This is the only file that names concrete parts. It turns a definition into a paused machine, in this order,
+// because each step needs the ones before: clock and guest memory, address maps, the driver's VM, interrupt controllers,
+// vCPUs with their CPUID, the chips of the PC, PCI and its cards, firmware or a kernel. A failure half-way disposes
+// what was made. The machine that comes out has been reset and has its boot state loaded, and nothing runs yet.
+
+/// <summary>Puts a machine together.</summary>
+public sealed class MachineBuilder : IDisposable
+{
+    private static readonly (ushort Port, int Irq)[] s_serialPorts = [(0x3F8, 4), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3)];
+
+    private readonly MachineSpec _spec;
+    private readonly IHypervisor _hypervisor;
+    private readonly CharFactory _chars;
+    private readonly MemoryLayout _layout;
+    private readonly GuestMemory _memory = new();
+    private readonly List<RamBlock> _blocks = [];
+    private readonly MachineClock _clock;
+    private readonly SystemControl _system;
+    private readonly AddressMap _ports = new("io", 0x10000);
+    private readonly AddressMap _mmio = new("mmio", 0);
+    private MachineParts? _parts;
+    private bool _handedOver;
+
+    private MachineBuilder(MachineSpec spec, IHypervisor hypervisor, ICharBackend? stdio)
+    {
+        _spec = spec;
+        _hypervisor = hypervisor;
+        _chars = new CharFactory(stdio);
+        _layout = new MemoryLayout((ulong)spec.MemoryBytes & ~0xFFFUL);
+        _system = new SystemControl(spec.Watchdog);
+        DateTimeOffset start = spec.Clock.Start ?? DateTimeOffset.UtcNow;
+        TimeSpan zone = spec.Clock.LocalTime ? TimeZoneInfo.Local.GetUtcOffset(start) : TimeSpan.Zero;
+        _clock = new MachineClock((start + zone - DateTimeOffset.UnixEpoch).Ticks * 100);
+    }
+
+    /// <summary>Builds a paused machine.</summary>
+    /// <param name="spec">The definition.</param>
+    /// <param name="hypervisor">The driver; owned by the machine, disposed also when building fails.</param>
+    /// <param name="stdio">What <c>stdio</c> means; null when there is no terminal.</param>
+    /// <exception cref="BootException">The definition asks for something that cannot be booted.</exception>
+    /// <exception cref="HypervisorException">The driver refused.</exception>
+    /// <exception cref="HostException">The host refused memory or a descriptor.</exception>
+    public static Machine Build(MachineSpec spec, IHypervisor hypervisor, ICharBackend? stdio)
+    {
+        ArgumentNullException.ThrowIfNull(spec);
+        ArgumentNullException.ThrowIfNull(hypervisor);
+        using var builder = new MachineBuilder(spec, hypervisor, stdio);
+        return builder.Build();
+    }
+
+    private Machine Build()
+    {
+        AddRam();
+        IrqchipMode mode = ChooseIrqchip();
+        Action<byte>? endOfInterrupt = null;
+        var options = new VmOptions
+        {
+            Ports = _ports,
+            Mmio = _mmio,
+            Clock = _clock,
+            Irqchip = mode,
+            OnIoApicEoi = vector => endOfInterrupt?.Invoke(vector),
+        };
+        IVm vm = _hypervisor.CreateVm(options);
+        var slots = new MemorySlots(vm, _hypervisor.Capabilities.MaxMemorySlots);
+        InterruptWiring interrupts = InterruptWiring.Make(
+            vm, options, _spec.Cpus.Count, _hypervisor.Capabilities.TscKhz, eoi => endOfInterrupt = eoi);
+        var model = new CpuModel(
+            _hypervisor.SupportedCpuid,
+            FindModel(),
+            new CpuTopology(_spec.Cpus.Count, _spec.Cpus.Sockets, _spec.Cpus.Threads),
+            mode == IrqchipMode.User,
+            _hypervisor.Capabilities.UserApicMsrs);
+        MachineParts parts = _parts = new MachineParts
+        {
+            Hypervisor = _hypervisor,
+            Vm = vm,
+            Slots = slots,
+            Memory = _memory,
+            Clock = _clock,
+            Completer = new Completion(vm, _memory, options),
+            CpuSignature = model.Signature,
+        };
+        parts.Ports.AddRange(interrupts.LocalApics);
+        parts.Devices.AddRange(interrupts.Devices);
+        parts.Blocks.AddRange(_blocks);
+        parts.Resources.AddRange(_blocks);
+        parts.Resources.Add(_chars);
+        _memory.SetViewListener(slots.Apply);
+
+        PciBus bus = AddChips(parts, interrupts);
+        foreach (IDevice device in parts.Devices)
+        {
+            device.Reset();
+        }
+
+        AddVcpus(parts, interrupts, model);
+        Boot(parts, bus);
+        var machine = new Machine(parts);
+        _system.Bind(machine);
+        _handedOver = true;
+        return machine;
+    }
+
+    private void AddRam()
+    {
+        HostMemory host = HostMemory.Allocate((long)_layout.MemoryBytes);
+        var ram = new RamBlock("ram", host, _layout.MemoryBytes);
+        _blocks.Add(ram);
+        _memory.Map(0, ram, 0, _layout.LowBytes);
+        if (_layout.HighBytes > 0)
+        {
+            _memory.Map(MemoryLayout.HoleEnd, ram, _layout.LowBytes, _layout.HighBytes);
+        }
+
+        if (_layout.LowBytes > MemoryLayout.VideoStart)
+        {
+            _memory.MapHole(MemoryLayout.VideoStart, MemoryLayout.VideoEnd - MemoryLayout.VideoStart, priority: 1);
+        }
+    }
+
+    private IrqchipMode ChooseIrqchip()
+    {
+        IReadOnlyList<IrqchipMode> modes = _hypervisor.Capabilities.IrqchipModes;
+        IrqchipMode? wanted = _spec.Irqchip switch
+        {
+            IrqchipChoice.Kernel => IrqchipMode.Kernel,
+            IrqchipChoice.Split => IrqchipMode.Split,
+            IrqchipChoice.User => IrqchipMode.User,
+            _ => null,
+        };
+        if (wanted is { } mode)
+        {
+            foreach (IrqchipMode known in modes)
+            {
+                if (known == mode)
+                {
+                    return mode;
+                }
+            }
+
+            throw new BootException(
+                $"irqchip: {_hypervisor.Name} has no {mode.ToString().ToLowerInvariant()} irqchip; leave irqchip: out or use auto");
+        }
+
+        foreach (IrqchipMode best in (ReadOnlySpan<IrqchipMode>)[IrqchipMode.Kernel, IrqchipMode.Split])
+        {
+            foreach (IrqchipMode known in modes)
+            {
+                if (known == best)
+                {
+                    return best;
+                }
+            }
+        }
+
+        return IrqchipMode.User;
+    }
+
+    private CpuModelRow FindModel() => CpuModelTable.Rows.TryGetValue(_spec.Cpus.Model, out CpuModelRow? row)
+        ? row
+        : throw new BootException(
+            $"cpus: model {_spec.Cpus.Model} is not known; there are {string.Join(", ", CpuModelTable.Rows.Keys)}");
+
+    private void AddVcpus(MachineParts parts, InterruptWiring interrupts, CpuModel model)
+    {
+        if (_spec.Cpus.Count > _hypervisor.Capabilities.MaxVcpus)
+        {
+            throw new BootException(
+                $"cpus: {_hypervisor.Name} runs at most {_hypervisor.Capabilities.MaxVcpus} vCPUs here");
+        }
+
+        for (int i = 0; i < _spec.Cpus.Count; i++)
+        {
+            IVcpu vcpu = parts.Vm.CreateVcpu(i, interrupts.LocalApics.Count > 0 ? interrupts.LocalApics[i] : null);
+            parts.Vcpus.Add(vcpu);
+            vcpu.SetCpuid(model.For(i));
+        }
+    }
+
+    private PciBus AddChips(MachineParts parts, InterruptWiring interrupts)
+    {
+        Add(parts, new I8254(_clock, interrupts.Line(0)), out I8254 pit);
+        _ports.Map(I8254.Port, pit);
+        _ports.Map(I8254.SpeakerPort, pit.SpeakerWindow);
+        Add(parts, new Mc146818(_clock, interrupts.Line(8)), out Mc146818 rtc);
+        _ports.Map(Mc146818.Port, rtc);
+        Add(parts, new Port92(_system), out Port92 port92);
+        _ports.Map(Port92.Port, port92);
+        _ports.Map(PostPort.Port, new PostPort());
+        for (int i = 0; i < _spec.Serial.Count && i < s_serialPorts.Length; i++)
+        {
+            (ushort port, int irq) = s_serialPorts[i];
+            string id = $"com{i + 1}";
+            Add(parts, new Uart16550(id, _chars.Make(id, _spec.Serial[i]), _clock, interrupts.Line(irq)), out Uart16550 uart);
+            _ports.Map(port, uart);
+        }
+
+        if (_spec.DebugExit is { } exitPort)
+        {
+            _ports.Map(exitPort, new DebugExitPort(_system), priority: 1);
+        }
+
+        if (_spec.PvPanic)
+        {
+            _ports.Map(PvPanic.Port, new PvPanic(_system));
+        }
+
+        var bus = new PciBus(_ports, _mmio, _memory, interrupts);
+        Add(parts, new PciConfigPorts(bus, _system), out PciConfigPorts configPorts);
+        _ports.Map(PciConfigPorts.Port, configPorts);
+        Attach(parts, bus, new I440Fx(null), 0);
+        var isaLines = new IIrqLine[16];
+        for (int i = 0; i < isaLines.Length; i++)
+        {
+            isaLines[i] = interrupts.Line(i);
+        }
+
+        var isaBridge = new Piix3IsaBridge(isaLines);
+        Attach(parts, bus, isaBridge, 1);
+        bus.Router = isaBridge;
+        var pm = new AcpiPm(_clock, interrupts.Line(9), _system);
+        Attach(parts, bus, pm, 1, 3);
+        _ports.Map(AcpiPm.ApmPort, pm.ApmWindow);
+        parts.PowerButton = () => pm.PressPowerButton();
+        return bus;
+    }
+
+    private void Boot(MachineParts parts, PciBus bus)
+    {
+        var state = new CpuState();
+        parts.Vcpus[0].ReadState(state);
+        if (_spec.Boot.Kernel is { } kernel)
+        {
+            PciAllocator.Assign(bus, (uint)MemoryLayout.HoleStart, 0xFEC00000);
+            ulong rsdp = WriteTables();
+            DirectBoot.Load(
+                new DirectBootRequest(kernel, _spec.Boot.Initrd, _spec.Boot.Cmdline), _memory, _layout, rsdp, state);
+        }
+        else
+        {
+            throw new BootException("boot: firmware is not supported yet; give boot: a kernel:");
+        }
+
+        parts.Vcpus[0].WriteState(state);
+    }
+
+    private ulong WriteTables()
+    {
+        AcpiBlob blob = AcpiTables.Build(new AcpiSpec { Cpus = _spec.Cpus.Count, SerialPorts = _spec.Serial.Count });
+        const ulong Rsdp = MemoryLayout.TablesStart;
+        const ulong Tables = Rsdp + 64;
+        byte[] placed = blob.PlaceAt(Tables);
+        if ((ulong)placed.Length > MemoryLayout.TablesEnd - Tables)
+        {
+            throw new BootException("cpus: too many for the ACPI tables");
+        }
+
+        _memory.TryWrite(Tables, placed);
+        _memory.TryWrite(Rsdp, blob.RootPointer(Tables));
+        return Rsdp;
+    }
+
+    private static void Add<T>(MachineParts parts, T device, out T same)
+        where T : IDevice
+    {
+        parts.Devices.Add(device);
+        same = device;
+    }
+
+    private static void Attach(MachineParts parts, PciBus bus, PciFunction function, int device, int number = 0)
+    {
+        bus.Attach(function, device, number);
+        parts.Devices.Add(function);
+    }
+
+    /// <summary>Releases what was made when building failed half-way; nothing once the machine exists.</summary>
+    public void Dispose()
+    {
+        if (_handedOver)
+        {
+            return;
+        }
+
+        _handedOver = true;
+        foreach (IVcpu vcpu in _parts?.Vcpus ?? [])
+        {
+            vcpu.Dispose();
+        }
+
+        _clock.Dispose();
+        foreach (IDevice device in _parts?.Devices ?? [])
+        {
+            device.Dispose();
+        }
+
+        _parts?.Vm.Dispose();
+        foreach (RamBlock block in _blocks)
+        {
+            block.Dispose();
+        }
+
+        _chars.Dispose();
+        _hypervisor.Dispose();
+    }
+}

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using Vmm.Config;
+using Vmm.Devices.Legacy;
+
+namespace Vmm.Machine;
+
+/// <summary>
+/// What devices ask of the machine as a whole: reset, power-off, the debug-exit port. Requests come on vCPU threads in the
+/// middle of a port access; they only set the result. Bound to its machine after that is made.
+/// </summary>
+internal sealed class SystemControl(WatchdogAction watchdog) : ISystemControl
+{
+    private Machine? _machine;
+
+    /// <summary>Says whose requests these are.</summary>
+    public void Bind(Machine machine) => _machine = machine;
+
+    /// <inheritdoc/>
+    public void Request(SystemRequest request, string source)
+    {
+        MachineResult? result = request switch
+        {
+            SystemRequest.Reset or SystemRequest.ProcessorReset => MachineResult.For(StopReason.Reset),
+            SystemRequest.PowerOff or SystemRequest.GuestShutdown => MachineResult.For(StopReason.PowerOff),
+            SystemRequest.GuestPanicked => MachineResult.For(StopReason.Error, "the guest panicked"),
+            SystemRequest.WatchdogExpired => watchdog switch
+            {
+                WatchdogAction.Reset => MachineResult.For(StopReason.Reset, "the watchdog expired"),
+                WatchdogAction.Poweroff => MachineResult.For(StopReason.PowerOff, "the watchdog expired"),
+                _ => null,
+            },
+            _ => null,
+        };
+        if (result is not null)
+        {
+            _machine?.Stop(result);
+        }
+    }
+
+    /// <inheritdoc/>
+    public void Exit(int status) => _machine?.Stop(new MachineResult(StopReason.DebugExit, status & 0xFF, null));
+
+    /// <inheritdoc/>
+    public void SetA20(bool enabled)
+    {
+        // Address line 20 is always on: nothing since the 80286 needs it off, and no hypervisor can mask it.
+    }
+}
