@@ -196,7 +196,7 @@ two_byte(struct cursor *c, const struct prefix *pf, unsigned int bits,
 		return (0);
 	case 0xc3:				/* MOVNTI */
 		modrm(c, pf, bits, in);
-		if (!in->mem || in->opsize == 2)
+		if (!in->mem || pf->opsize || pf->rep)
 			return (VMK_EINVAL);
 		in->memsize = in->opsize;
 		in->op = VMK_OP_MOV_STORE;

@@ -22,7 +22,7 @@
 const struct vmk_arch_ops *vmk_arch;
 static uint32_t nvms;			/* atomic */
 
-/* ---- module ---------------------------------------------------------------- */
+/* ---- module ------------------------------------------------------------ */
 
 int
 vmk_module_init(void)
@@ -59,7 +59,7 @@ vmk_module_resume(void)
 	vmk_arch->resume();
 }
 
-/* ---- machine life ------------------------------------------------------------- */
+/* ---- machine life ------------------------------------------------------ */
 
 void
 vmk_vm_get(struct vmk_vm *vm)
@@ -153,7 +153,7 @@ fail_count:
 	return (error);
 }
 
-/* ---- /dev/kvm ---------------------------------------------------------------------- */
+/* ---- /dev/kvm ---------------------------------------------------------- */
 
 static int
 check_extension(uint64_t cap)
@@ -310,7 +310,7 @@ system_ioctl(uint32_t request, uint64_t arg, int *result)
 	}
 }
 
-/* ---- machine requests ------------------------------------------------------------------ */
+/* ---- machine requests -------------------------------------------------- */
 
 static int
 get_clock(struct vmk_vm *vm, uint64_t arg)
@@ -602,7 +602,7 @@ vm_ioctl(struct vmk_vm *vm, uint32_t request, uint64_t arg, int *result)
 	return (error);
 }
 
-/* ---- what the glue calls ----------------------------------------------------------------- */
+/* ---- what the glue calls ----------------------------------------------- */
 
 static struct vmk_vcpu *
 to_vcpu(struct vmk_object *obj)

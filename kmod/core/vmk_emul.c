@@ -27,7 +27,7 @@
 #include "vmk_arch.h"
 #include "vmk_irqchip.h"
 
-/* ---- modes and registers ------------------------------------------------ */
+/* ---- modes and registers ----------------------------------------------- */
 
 static uint64_t
 creg(struct vmk_vcpu *vcpu, enum vmk_creg r)
@@ -96,7 +96,7 @@ reg_write(struct vmk_vcpu *vcpu, const struct vmk_insn *in, uint64_t v)
 	gpr_write(vcpu, in->reg, in->high8, in->opsize, v);
 }
 
-/* ---- paging -------------------------------------------------------------- */
+/* ---- paging ------------------------------------------------------------ */
 
 #define	PTE_P	0x001ULL
 #define	PTE_W	0x002ULL
@@ -366,7 +366,7 @@ vmk_skip(struct vmk_vcpu *vcpu)
 	return (next);
 }
 
-/* ---- arithmetic ------------------------------------------------------------ */
+/* ---- arithmetic -------------------------------------------------------- */
 
 #define	RFLAGS_ARITH							\
 	(RFLAGS_CF | RFLAGS_PF | RFLAGS_AF | RFLAGS_ZF | RFLAGS_SF | RFLAGS_OF)
@@ -433,7 +433,7 @@ vmk_alu(unsigned int op, uint64_t a, uint64_t b, unsigned int size,
 	return (r);
 }
 
-/* ---- memory operands --------------------------------------------------------- */
+/* ---- memory operands --------------------------------------------------- */
 
 static uint64_t
 effective(struct vmk_vcpu *vcpu, const struct vmk_insn *in)
@@ -479,9 +479,10 @@ operand(struct vmk_vcpu *vcpu, enum vmk_seg seg, uint64_t off,
 	return (TR_OK);
 }
 
+/* A write of data, or with NULL a read. */
 static void
 mmio_exit(struct vmk_vcpu *vcpu, uint64_t gpa, const uint8_t *data,
-    unsigned int len, bool write)
+    unsigned int len)
 {
 	struct abi_run *run = vcpu->run;
 
@@ -489,8 +490,8 @@ mmio_exit(struct vmk_vcpu *vcpu, uint64_t gpa, const uint8_t *data,
 	run->exit_reason = ABI_EXIT_MMIO;
 	run->mmio.phys_addr = gpa;
 	run->mmio.len = len;
-	run->mmio.is_write = write;
-	if (write)
+	run->mmio.is_write = data != NULL;
+	if (data != NULL)
 		memcpy(run->mmio.data, data, len);
 }
 
@@ -529,7 +530,7 @@ emul_read(struct vmk_vcpu *vcpu)
 		    em->frag[em->cur].len, false))
 			continue;
 		mmio_exit(vcpu, em->frag[em->cur].gpa, NULL,
-		    em->frag[em->cur].len, false);
+		    em->frag[em->cur].len);
 		em->pending = VMK_PEND_MMIO_READ;
 		em->rip = vcpu->rip;
 		return (VMK_RUN_USER);
@@ -597,7 +598,7 @@ emul_write(struct vmk_vcpu *vcpu)
 		em->cur++;
 		if (fragment(vcpu, gpa, data, len, true))
 			continue;
-		mmio_exit(vcpu, gpa, data, len, true);
+		mmio_exit(vcpu, gpa, data, len);
 		if (em->cur < em->nfrag) {
 			em->pending = VMK_PEND_MMIO_WRITE;
 			em->rip = vcpu->rip;
@@ -797,7 +798,7 @@ vmk_emul_mmio(struct vmk_vcpu *vcpu)
 	return (emul_write(vcpu));
 }
 
-/* ---- control registers --------------------------------------------------------- */
+/* ---- control registers ------------------------------------------------- */
 
 static enum vmk_next
 write_cr8(struct vmk_vcpu *vcpu, uint64_t v)
@@ -882,7 +883,7 @@ vmk_emul_cr(struct vmk_vcpu *vcpu)
 	return (VMK_RUN_AGAIN);
 }
 
-/* ---- ports ------------------------------------------------------------------------ */
+/* ---- ports ------------------------------------------------------------- */
 
 static uint8_t *
 pio_page(struct vmk_vcpu *vcpu)
@@ -1053,7 +1054,7 @@ vmk_emul_io(struct vmk_vcpu *vcpu, uint16_t port, unsigned int size, bool in,
 	return (pio_exit(vcpu, port, size, false, 1));
 }
 
-/* ---- after user space ---------------------------------------------------------------- */
+/* ---- after user space -------------------------------------------------- */
 
 static enum vmk_next
 resume_ins(struct vmk_vcpu *vcpu)

@@ -23,7 +23,7 @@
 /* Value for KVM_CHECK_EXTENSION if this part answers for cap, else -1. */
 int	vmk_irqchip_cap(uint32_t cap);
 
-/* ---- life ---------------------------------------------------------------- */
+/* ---- life -------------------------------------------------------------- */
 
 /*
  * Config.  vm->irqchip_mode is still NONE and there is no vCPU yet (the
@@ -42,7 +42,7 @@ void	vmk_lapic_destroy(struct vmk_vcpu *);
 /* Vcpu thread.  Power-on state; init: keep the APIC id and base (INIT). */
 void	vmk_lapic_reset(struct vmk_vcpu *, bool init);
 
-/* ---- the run loop (vcpu thread, inside a CPU section: no sleeping) --------- */
+/* ---- the run loop (vcpu thread, inside a CPU section: no sleeping) ----- */
 
 /*
  * Highest vector that the local APIC, or the 8259 through LINT0 in virtual
@@ -60,7 +60,7 @@ int	vmk_irq_ack(struct vmk_vcpu *);
 /* Does anything end HLT: as vmk_irq_pending() >= 0, any context. */
 bool	vmk_irq_wakes(struct vmk_vcpu *);
 
-/* ---- register access (vcpu thread) ---------------------------------------- */
+/* ---- register access (vcpu thread) ------------------------------------- */
 
 /*
  * Try a guest access against the chips.  True: done, *data holds what a read
@@ -83,7 +83,7 @@ uint64_t vmk_lapic_get_cr8(struct vmk_vcpu *);
 /* The guest TSC was moved: recompute a TSC-deadline timer. */
 void	vmk_lapic_tsc_changed(struct vmk_vcpu *);
 
-/* ---- interrupts from outside ---------------------------------------------- */
+/* ---- interrupts from outside ------------------------------------------- */
 
 /*
  * Level on a GSI from one source (0: user space; irqfds have their own).
@@ -98,7 +98,7 @@ int	vmk_irq_set_routing(struct vmk_vm *,
 /* Config.  Assign or deassign (flags); vmk_event_* do the listening. */
 int	vmk_irqfd(struct vmk_vm *, const struct abi_irqfd *);
 
-/* ---- state for KVM_GET_* and KVM_SET_* ------------------------------------- */
+/* ---- state for KVM_GET_* and KVM_SET_* --------------------------------- */
 
 int	vmk_lapic_get(struct vmk_vcpu *, struct abi_lapic_state *);
 int	vmk_lapic_set(struct vmk_vcpu *, const struct abi_lapic_state *);

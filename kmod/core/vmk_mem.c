@@ -94,7 +94,7 @@ vmk_mem_charged(void)
 	return (__atomic_load_n(&quota_used, __ATOMIC_RELAXED));
 }
 
-/* ---- slots ------------------------------------------------------------ */
+/* ---- slots ------------------------------------------------------------- */
 
 /* Binary search; mem.lock held. */
 static struct vmk_slot *
@@ -146,7 +146,7 @@ bitmap_words(uint64_t npages)
 	return ((npages + 63) / 64);
 }
 
-/* ---- pins ------------------------------------------------------------- */
+/* ---- pins -------------------------------------------------------------- */
 
 static uint64_t
 chunk_first_gfn(const struct vmk_slot *s, uint64_t ci)
@@ -262,7 +262,7 @@ slot_free(struct vmk_vm *vm, struct vmk_slot *s)
 	quota_free(s, sizeof(*s));
 }
 
-/* ---- nested page tables ------------------------------------------------- */
+/* ---- nested page tables ------------------------------------------------ */
 
 static uint64_t *
 table_alloc(struct vmk_mem *mem, uint64_t *pa)
@@ -472,7 +472,7 @@ vmk_mem_fault(struct vmk_vm *vm, uint64_t gpa, bool write, int *error)
 	return (ret);
 }
 
-/* ---- the core's own access ----------------------------------------------- */
+/* ---- the core's own access --------------------------------------------- */
 
 static void
 mark_dirty(struct vmk_slot *s, uint64_t gfn)
@@ -570,7 +570,7 @@ vmk_gpa_or(struct vmk_vm *vm, uint64_t gpa, uint32_t bits, bool wide)
 	return (error);
 }
 
-/* ---- requests --------------------------------------------------------------- */
+/* ---- requests ---------------------------------------------------------- */
 
 static int
 region_check(const struct abi_memory_region *r)

@@ -82,7 +82,7 @@ rdtsc(void)
 	return ((uint64_t)hi << 32 | lo);
 }
 
-/* ---- control registers --------------------------------------------------- */
+/* ---- control registers ------------------------------------------------- */
 
 static bool
 cs_is_long(struct vmk_vcpu *vcpu)
@@ -171,7 +171,7 @@ vmk_set_xcr0(struct vmk_vcpu *vcpu, uint32_t index, uint64_t v)
 	return (0);
 }
 
-/* ---- storage-only registers ------------------------------------------------- */
+/* ---- storage-only registers -------------------------------------------- */
 
 static bool
 mtrr_type_ok(unsigned int t)
@@ -233,7 +233,7 @@ stored_set(struct vmk_vcpu *vcpu, uint32_t msr, uint64_t v, bool host)
 	return (0);
 }
 
-/* ---- the two entry points ------------------------------------------------------ */
+/* ---- the two entry points ---------------------------------------------- */
 
 /* Registers that the processor extension holds. */
 static int

@@ -26,7 +26,7 @@
 #include "vmk_arch.h"
 #include "vmk_irqchip.h"
 
-/* ---- attention ------------------------------------------------------------- */
+/* ---- attention --------------------------------------------------------- */
 
 bool
 vmk_run_ready(struct vmk_vcpu *vcpu, bool *flush)
@@ -108,7 +108,7 @@ vmk_vm_flush(struct vmk_vm *vm)
 	}
 }
 
-/* ---- exceptions --------------------------------------------------------------- */
+/* ---- exceptions -------------------------------------------------------- */
 
 /* SDM 3A table 6-4: 1 contributory, 2 page fault, 0 benign. */
 static unsigned int
@@ -171,7 +171,7 @@ vmk_inject_pf(struct vmk_vcpu *vcpu, uint64_t gva, uint32_t error)
 	vmk_inject(vcpu, VMK_PF, true, error);
 }
 
-/* ---- exits to user space --------------------------------------------------------- */
+/* ---- exits to user space ----------------------------------------------- */
 
 enum vmk_next
 vmk_exit_emulation(struct vmk_vcpu *vcpu, const uint8_t *bytes, unsigned int n)
@@ -240,7 +240,7 @@ exit_simple(struct vmk_vcpu *vcpu, uint32_t reason)
 	return (VMK_RUN_USER);
 }
 
-/* ---- choosing what to deliver ------------------------------------------------------ */
+/* ---- choosing what to deliver ------------------------------------------ */
 
 static bool
 event_waiting(const struct vmk_event_state *ev)
@@ -329,7 +329,7 @@ prepare(struct vmk_vcpu *vcpu, struct vmk_entry *e)
 	e->trap_bp = (vcpu->guest_debug & ABI_GUESTDBG_USE_SW_BP) != 0;
 }
 
-/* ---- serving exits ------------------------------------------------------------------ */
+/* ---- serving exits ----------------------------------------------------- */
 
 static enum vmk_next
 finish(struct vmk_vcpu *vcpu, const struct vmk_exit *x)
@@ -535,7 +535,7 @@ serve_slow(struct vmk_vcpu *vcpu, const struct vmk_exit *x)
 	}
 }
 
-/* ---- the loops ------------------------------------------------------------------------ */
+/* ---- the loops --------------------------------------------------------- */
 
 /* Enter until something needs sleep or user space; that is in *x. */
 static void

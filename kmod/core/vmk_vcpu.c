@@ -31,7 +31,7 @@ vmk_vcpu_by_id(struct vmk_vm *vm, uint32_t id)
 	return (NULL);
 }
 
-/* ---- reset ----------------------------------------------------------------- */
+/* ---- reset ------------------------------------------------------------- */
 
 /* Processor state after RESET or INIT: SDM 3A table 9-1. */
 void
@@ -96,7 +96,7 @@ vmk_vcpu_reset(struct vmk_vcpu *vcpu, bool init)
 		vmk_arch->set_creg(vcpu, (enum vmk_creg)i, 0);
 }
 
-/* ---- life -------------------------------------------------------------------- */
+/* ---- life -------------------------------------------------------------- */
 
 void
 vmk_vcpu_destroy(struct vmk_vcpu *vcpu)
@@ -198,7 +198,7 @@ vmk_vcpu_create(struct vmk_vm *vm, uint32_t id, int *fd)
 	return (0);
 }
 
-/* ---- general and segment registers ------------------------------------------------ */
+/* ---- general and segment registers ------------------------------------- */
 
 static const uint8_t regs_order[VMK_NGPR] = { VMK_RAX, VMK_RBX, VMK_RCX,
 	VMK_RDX, VMK_RSI, VMK_RDI, VMK_RSP, VMK_RBP, VMK_R8, VMK_R9, VMK_R10,
@@ -383,7 +383,7 @@ set_sregs(struct vmk_vcpu *vcpu, const struct abi_sregs *a)
 	return (0);
 }
 
-/* ---- FPU ------------------------------------------------------------------------------- */
+/* ---- FPU --------------------------------------------------------------- */
 
 /*
  * The XSAVE area is loaded by the host with XRSTOR, which faults on a bad
@@ -481,7 +481,7 @@ set_xcrs(struct vmk_vcpu *vcpu, const struct abi_xcrs *a)
 	return (0);
 }
 
-/* ---- debug registers and events -------------------------------------------------------------- */
+/* ---- debug registers and events ---------------------------------------- */
 
 static int
 get_debugregs(struct vmk_vcpu *vcpu, struct abi_debugregs *a)
@@ -628,7 +628,7 @@ translate(struct vmk_vcpu *vcpu, struct abi_translation *a)
 	return (0);
 }
 
-/* ---- lists of variable length ---------------------------------------------------------------------- */
+/* ---- lists of variable length ------------------------------------------ */
 
 static int
 set_cpuid2(struct vmk_vcpu *vcpu, uint64_t arg)
@@ -717,7 +717,7 @@ msrs(struct vmk_vcpu *vcpu, uint64_t arg, bool write, int *result)
 	return (error);
 }
 
-/* ---- the table ---------------------------------------------------------------------------------------- */
+/* ---- the table --------------------------------------------------------- */
 
 /*
  * Requests whose argument is one structure: the dispatcher copies it in or

@@ -38,7 +38,7 @@
 #define	VMK_MAX_COALESCED	64
 #define	VMK_XSAVE_SIZE		4096
 
-/* ---- architecture constants (SDM volume 3A, APM volume 2) ------------- */
+/* ---- architecture constants (SDM volume 3A, APM volume 2) -------------- */
 
 #define	CR0_PE		0x00000001UL
 #define	CR0_MP		0x00000002UL
@@ -123,7 +123,7 @@ enum vmk_creg {
 	VMK_NCREG
 };
 
-/* ---- guest memory ----------------------------------------------------- */
+/* ---- guest memory ------------------------------------------------------ */
 
 /*
  * 512 pages of a slot, aligned in the guest's address space.  pa[] holds a
@@ -352,7 +352,7 @@ void	vmk_vcpu_sipi(struct vmk_vcpu *, uint8_t vector);
 /* Split irqchip: report an EOI of this vector to user space. */
 void	vmk_vcpu_report_eoi(struct vmk_vcpu *, uint8_t vector);
 
-/* ---- vmk_mem.c ---------------------------------------------------------- */
+/* ---- vmk_mem.c --------------------------------------------------------- */
 
 int	vmk_mem_init(struct vmk_vm *);
 /* Drop all slots; then, after vmk_mm_detach(), the rest. */
@@ -388,7 +388,7 @@ void	vmk_vcpu_reset(struct vmk_vcpu *, bool init);
 int	vmk_vcpu_ioctl(struct vmk_vcpu *, uint32_t request, uint64_t arg,
 	    int *result);
 
-/* ---- vmk_run.c ---------------------------------------------------------- */
+/* ---- vmk_run.c --------------------------------------------------------- */
 
 int	vmk_vcpu_run(struct vmk_vcpu *);
 /* Queue an exception; combines with one under way (SDM 3A table 6-5). */
@@ -402,7 +402,7 @@ enum vmk_next { VMK_RUN_AGAIN, VMK_RUN_USER };
 enum vmk_next vmk_exit_emulation(struct vmk_vcpu *, const uint8_t *bytes,
 	    unsigned int n);
 
-/* ---- vmk_emul.c ---------------------------------------------------------- */
+/* ---- vmk_emul.c -------------------------------------------------------- */
 
 /* Processor mode of the code segment: 16, 32 or 64. */
 unsigned int vmk_code_bits(struct vmk_vcpu *);
@@ -432,7 +432,7 @@ enum vmk_next vmk_emul_io(struct vmk_vcpu *, uint16_t port, unsigned int size,
 /* Finish what the last exit left to user space. */
 enum vmk_next vmk_emul_resume(struct vmk_vcpu *);
 
-/* ---- vmk_io.c ------------------------------------------------------------ */
+/* ---- vmk_io.c ---------------------------------------------------------- */
 
 /* Bindings that take a guest write without a trip to user space. */
 bool	vmk_io_write(struct vmk_vm *, bool pio, uint64_t addr, uint32_t len,
@@ -442,7 +442,7 @@ int	vmk_coalesced(struct vmk_vm *, const struct abi_coalesced_zone *,
 	    bool add);
 void	vmk_io_fini(struct vmk_vm *);
 
-/* ---- vmk_cpuid.c ----------------------------------------------------------- */
+/* ---- vmk_cpuid.c ------------------------------------------------------- */
 
 void	vmk_cpuid_init(void);
 /* The table for GET_SUPPORTED_CPUID; returns entries, at most max. */
@@ -455,7 +455,7 @@ bool	vmk_xcr0_valid(uint64_t);
 uint32_t vmk_xsave_size(uint64_t xcr0);
 bool	vmk_canonical(uint64_t);
 
-/* ---- vmk_msr.c -------------------------------------------------------------- */
+/* ---- vmk_msr.c --------------------------------------------------------- */
 
 /* host: from KVM_SET_MSRS, not from the guest.  0 or VMK_EINVAL (#GP). */
 int	vmk_msr_get(struct vmk_vcpu *, uint32_t msr, uint64_t *, bool host);

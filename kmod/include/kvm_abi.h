@@ -36,7 +36,7 @@
 #define	ABI_IOR(nr, type)	ABI_IOC(2, nr, sizeof(type))
 #define	ABI_IOWR(nr, type)	ABI_IOC(3, nr, sizeof(type))
 
-/* ---- registers ------------------------------------------------------- */
+/* ---- registers --------------------------------------------------------- */
 
 struct abi_regs {
 	uint64_t	rax, rbx, rcx, rdx;
@@ -225,7 +225,7 @@ struct abi_guest_debug {
 #define	ABI_GUESTDBG_USE_SW_BP		0x00010000U
 #define	ABI_GUESTDBG_USE_HW_BP		0x00020000U
 
-/* ---- memory ---------------------------------------------------------- */
+/* ---- memory ------------------------------------------------------------ */
 
 struct abi_memory_region {
 	uint32_t	slot;
@@ -244,7 +244,7 @@ struct abi_dirty_log {
 	uint64_t	dirty_bitmap;	/* user address */
 };
 
-/* ---- interrupts and timers ------------------------------------------- */
+/* ---- interrupts and timers --------------------------------------------- */
 
 struct abi_irq_level {
 	uint32_t	irq;		/* status on return of _STATUS */
@@ -447,7 +447,7 @@ struct abi_enable_cap {
 	uint8_t		pad[64];
 };
 
-/* ---- the shared run page --------------------------------------------- */
+/* ---- the shared run page ----------------------------------------------- */
 
 #define	ABI_RUN_PAGES		3	/* kvm_run, PIO data, coalesced ring */
 #define	ABI_PIO_PAGE		1
@@ -536,7 +536,7 @@ struct abi_run {
 	uint8_t		sync[2048];
 };
 
-/* ---- requests -------------------------------------------------------- */
+/* ---- requests ---------------------------------------------------------- */
 
 /* On /dev/kvm. */
 #define	ABI_GET_API_VERSION		ABI_IO(0x00)
@@ -611,7 +611,7 @@ struct abi_run {
 #define	ABI_SET_XCRS			ABI_IOW(0xa7, struct abi_xcrs)
 #define	ABI_KVMCLOCK_CTRL		ABI_IO(0xad)
 
-/* ---- capabilities ---------------------------------------------------- */
+/* ---- capabilities ------------------------------------------------------ */
 
 #define	ABI_CAP_IRQCHIP				0
 #define	ABI_CAP_HLT				1

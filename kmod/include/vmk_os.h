@@ -37,7 +37,7 @@
 #define	VMK_ENOTTY	25
 #define	VMK_EOPNOTSUPP	95
 
-/* ---- memory ---------------------------------------------------------- */
+/* ---- memory ------------------------------------------------------------ */
 
 /* Zeroed memory, or NULL.  size must be bounded by the caller. */
 void	*vmk_alloc(size_t size);
@@ -73,7 +73,7 @@ void	 vmk_shared_free(struct vmk_shared *);
 int	 vmk_copyin(uint64_t uaddr, void *dst, size_t len);
 int	 vmk_copyout(const void *src, uint64_t uaddr, size_t len);
 
-/* ---- user memory that a guest uses ----------------------------------- */
+/* ---- user memory that a guest uses ------------------------------------- */
 
 /*
  * An address space.  vmk_mm_attach() names the caller's.  If the host can
@@ -105,7 +105,7 @@ int	 vmk_pin(struct vmk_mm *, uint64_t hva, unsigned int npages, bool write,
 void	 vmk_unpin(struct vmk_mm *, void *cookie, uint64_t hva,
 	    unsigned int npages, bool write, const uint64_t *pa);
 
-/* ---- locks ----------------------------------------------------------- */
+/* ---- locks ------------------------------------------------------------- */
 
 /*
  * The storage is the core's, the contents the host's; a host asserts at
@@ -138,7 +138,7 @@ void	 vmk_waitq_fini(struct vmk_waitq *);
 int	 vmk_wait_sig(struct vmk_waitq *, bool (*cond)(void *), void *arg);
 void	 vmk_wake(struct vmk_waitq *);
 
-/* ---- processors ------------------------------------------------------ */
+/* ---- processors -------------------------------------------------------- */
 
 /*
  * A section in which the thread keeps its processor and may use the FPU
@@ -162,7 +162,7 @@ bool	 vmk_must_leave(void);
 /* Outside a section: give up the processor if asked; VMK_EINTR on signal. */
 int	 vmk_yield(void);
 
-/* ---- time ------------------------------------------------------------ */
+/* ---- time -------------------------------------------------------------- */
 
 uint64_t vmk_time_ns(void);		/* monotonic, any context */
 uint64_t vmk_walltime_ns(void);		/* since 1970 UTC */
@@ -182,7 +182,7 @@ void	 vmk_timer_fini(struct vmk_timer *);
 void	 vmk_timer_arm(struct vmk_timer *, uint64_t deadline_ns);
 void	 vmk_timer_cancel(struct vmk_timer *);
 
-/* ---- descriptors ----------------------------------------------------- */
+/* ---- descriptors ------------------------------------------------------- */
 
 /*
  * A descriptor for a child object is made in two steps, so that user space
@@ -197,7 +197,7 @@ int	 vmk_fd_prepare(struct vmk_fd_ticket *, const char *name);
 void	 vmk_fd_commit(struct vmk_fd_ticket *, struct vmk_object *);
 void	 vmk_fd_abort(struct vmk_fd_ticket *);
 
-/* ---- eventfd --------------------------------------------------------- */
+/* ---- eventfd ----------------------------------------------------------- */
 
 /* VMK_EINVAL if fd is not an eventfd. */
 struct vmk_event;
@@ -213,13 +213,13 @@ void	 vmk_event_signal(struct vmk_event *);		/* adds 1 */
 int	 vmk_event_listen(struct vmk_event *, void (*fn)(void *), void *arg);
 void	 vmk_event_unlisten(struct vmk_event *);
 
-/* ---- other ----------------------------------------------------------- */
+/* ---- other ------------------------------------------------------------- */
 
 /* One line to the kernel log; the caller limits the rate. */
 void	 vmk_log(const char *fmt, ...)
 	    __attribute__((__format__(__printf__, 1, 2)));
 
-/* ---- what the core offers to the glue -------------------------------- */
+/* ---- what the core offers to the glue ---------------------------------- */
 
 /* Set by the glue before vmk_module_init(), constant afterwards. */
 struct vmk_tunables {

@@ -80,7 +80,7 @@ svm(struct vmk_vcpu *vcpu)
 	return (vcpu->arch);
 }
 
-/* ---- module ------------------------------------------------------------------ */
+/* ---- module ------------------------------------------------------------ */
 
 static void
 check_unused(void *arg)
@@ -216,7 +216,7 @@ svm_resume(void)
 	svm_gen++;
 }
 
-/* ---- vCPU ---------------------------------------------------------------------- */
+/* ---- vCPU -------------------------------------------------------------- */
 
 static int
 svm_vcpu_create(struct vmk_vcpu *vcpu)
@@ -404,7 +404,7 @@ svm_set_shadow(struct vmk_vcpu *vcpu, unsigned int shadow)
 	svm(vcpu)->vmcb->shadow = shadow != 0;
 }
 
-/* ---- entry ----------------------------------------------------------------------- */
+/* ---- entry ------------------------------------------------------------- */
 
 static void
 svm_load(struct vmk_vcpu *vcpu)

@@ -32,7 +32,7 @@
 
 struct vmk_tunables vmk_tunables;
 
-/* ---- memory ---- */
+/* ---- memory ------------------------------------------------------------ */
 
 void *
 vmk_alloc(size_t size)
@@ -100,7 +100,7 @@ vmk_copyout(const void *src, uint64_t uaddr, size_t len)
 	    0 : VMK_EFAULT);
 }
 
-/* ---- user memory ---- */
+/* ---- user memory ------------------------------------------------------- */
 
 struct vmk_mm *
 vmk_mm_attach(vmk_unmap_fn *unmap, void *arg)
@@ -165,7 +165,7 @@ vmk_unpin(struct vmk_mm *mm, void *cookie, uint64_t hva, unsigned int npages,
 	}
 }
 
-/* ---- locks ---- */
+/* ---- locks ------------------------------------------------------------- */
 
 #define	FITS(inner, outer)						\
 	static_assert(sizeof(struct inner) <= sizeof(struct outer))
@@ -261,7 +261,7 @@ vmk_wake(struct vmk_waitq *w)
 	wake_up((wait_queue_head_t *)w);
 }
 
-/* ---- processors ---- */
+/* ---- processors -------------------------------------------------------- */
 
 /* One interrupt in flight for each processor; a second would say no more. */
 struct kick {
@@ -328,7 +328,7 @@ vmk_yield(void)
 	return (signal_pending(current) ? VMK_EINTR : 0);
 }
 
-/* ---- time ---- */
+/* ---- time -------------------------------------------------------------- */
 
 uint64_t
 vmk_time_ns(void)
@@ -396,7 +396,7 @@ vmk_timer_cancel(struct vmk_timer *vt)
 	hrtimer_try_to_cancel(&((struct timer *)vt)->hr);
 }
 
-/* ---- descriptors ---- */
+/* ---- descriptors ------------------------------------------------------- */
 
 static long
 do_ioctl(struct vmk_object *obj, unsigned int request, unsigned long arg)
@@ -477,7 +477,7 @@ vmk_fd_abort(struct vmk_fd_ticket *t)
 	fput(t->os);
 }
 
-/* ---- eventfd ---- */
+/* ---- eventfd ----------------------------------------------------------- */
 
 struct vmk_event {
 	struct eventfd_ctx *ctx;
@@ -573,7 +573,7 @@ vmk_event_unlisten(struct vmk_event *ev)
 	eventfd_ctx_remove_wait_queue(ev->ctx, &ev->wait, &count);
 }
 
-/* ---- other ---- */
+/* ---- other ------------------------------------------------------------- */
 
 void
 vmk_log(const char *fmt, ...)
