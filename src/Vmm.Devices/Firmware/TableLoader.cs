@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Buffers.Binary;
+using System.Collections.Generic;
+using System.Text;
+
+namespace Vmm.Devices.Firmware;
+
+/// <summary>
+/// Writes the script ("etc/table-loader") by which firmware places ACPI tables that it got through fw_cfg: allocate a
+/// file, add its address to a pointer in another, compute a checksum. The format is QEMU's linker/loader: commands of
+/// 128 bytes, little-endian.
+/// </summary>
+public sealed class TableLoader
+{
+    /// <summary>Name of the script's file.</summary>
+    public const string FileName = "etc/table-loader";
+
+    private const int CommandBytes = 128;
+    private const int NameBytes = 56;
+
+    private readonly List<byte> _script = [];
+
+    /// <summary>Loads a file somewhere.</summary>
+    /// <param name="file">fw_cfg file name.</param>
+    /// <param name="alignment">A power of two.</param>
+    /// <param name="inLowMemory">In 0xE0000..0xFFFFF, where an RSDP is searched for.</param>
+    public void Allocate(string file, uint alignment, bool inLowMemory)
+    {
+        Span<byte> command = stackalloc byte[CommandBytes];
+        BinaryPrimitives.WriteUInt32LittleEndian(command, 1);
+        Name(command[4..], file);
+        BinaryPrimitives.WriteUInt32LittleEndian(command[60..], alignment);
+        command[64] = inLowMemory ? (byte)2 : (byte)1;
+        Append(command);
+    }
+
+    /// <summary>Adds the address of <paramref name="source"/> to the number at a place in <paramref name="target"/>.</summary>
+    public void AddPointer(string target, string source, uint offset, byte sizeBytes)
+    {
+        Span<byte> command = stackalloc byte[CommandBytes];
+        BinaryPrimitives.WriteUInt32LittleEndian(command, 2);
+        Name(command[4..], target);
+        Name(command[60..], source);
+        BinaryPrimitives.WriteUInt32LittleEndian(command[116..], offset);
+        command[120] = sizeBytes;
+        Append(command);
+    }
+
+    /// <summary>Makes the sum of a range zero through the byte at <paramref name="offset"/>.</summary>
+    public void AddChecksum(string file, uint offset, uint start, uint lengthBytes)
+    {
+        Span<byte> command = stackalloc byte[CommandBytes];
+        BinaryPrimitives.WriteUInt32LittleEndian(command, 3);
+        Name(command[4..], file);
+        BinaryPrimitives.WriteUInt32LittleEndian(command[60..], offset);
+        BinaryPrimitives.WriteUInt32LittleEndian(command[64..], start);
+        BinaryPrimitives.WriteUInt32LittleEndian(command[68..], lengthBytes);
+        Append(command);
+    }
+
+    /// <summary>Writes the address of a file plus an offset back into a writable fw_cfg file.</summary>
+    public void WritePointer(string target, uint targetOffset, byte sizeBytes, string source, uint sourceOffset)
+    {
+        Span<byte> command = stackalloc byte[CommandBytes];
+        BinaryPrimitives.WriteUInt32LittleEndian(command, 4);
+        Name(command[4..], target);
+        Name(command[60..], source);
+        BinaryPrimitives.WriteUInt32LittleEndian(command[116..], targetOffset);
+        BinaryPrimitives.WriteUInt32LittleEndian(command[120..], sourceOffset);
+        command[124] = sizeBytes;
+        Append(command);
+    }
+
+    /// <summary>The script.</summary>
+    public byte[] ToArray() => _script.ToArray();
+
+    private static void Name(Span<byte> into, string name)
+    {
+        if (Encoding.ASCII.GetByteCount(name) >= NameBytes)
+        {
+            throw new ArgumentException($"fw_cfg file name is too long: {name}", nameof(name));
+        }
+
+        Encoding.ASCII.GetBytes(name, into);
+    }
+
+    private void Append(ReadOnlySpan<byte> command) => _script.AddRange(command);
+}
