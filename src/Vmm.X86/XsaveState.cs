@@ -48,7 +48,9 @@ internal static unsafe class XsaveState
             new Span<byte>(cpu->Xsave + AvxOffset, 256).Clear();
         }
 
+        // What the host's FXRSTOR and LDMXCSR would refuse or trap on must never be in the context.
         cpu->Mxcsr &= 0xFFFF;
+        Vmm.X86.X87.UpdateSummary(cpu);
     }
 
     /// <summary>x87 state as after FNINIT with all registers zero.</summary>

@@ -62,6 +62,12 @@ internal unsafe struct Thunk
 
     /// <summary>Alignment that the memory operand must have (#GP otherwise); 1 for none.</summary>
     public int Alignment;
+
+    /// <summary>VCVTPS2PH: elements converted; otherwise 0.</summary>
+    public int HalfElements;
+
+    /// <summary>Alignment that the host may demand of the bytes handed to the thunk.</summary>
+    public int HostAlignment;
 }
 
 /// <summary>Work area of thunks inside <see cref="CpuContext"/>; offsets are known to generated code.</summary>
@@ -201,8 +207,7 @@ internal sealed unsafe class ThunkCache : IDisposable
 
     private Thunk* Make(in Instruction original)
     {
-        InstructionInfo info = _info.GetInfo(original);
-        var form = new Form(original, info);
+        var form = new Form(original, _info);
         _buffer.Clear();
         int careful = -1;
         if (form.IsX87)
@@ -240,6 +245,13 @@ internal sealed unsafe class ThunkCache : IDisposable
         thunk->WritesFlags = form.WritesFlags;
         thunk->ReadsFlags = form.ReadsFlags;
         thunk->Alignment = form.Alignment;
+        thunk->HalfElements = original.Code switch
+        {
+            Code.VEX_Vcvtps2ph_xmmm64_xmm_imm8 => 4,
+            Code.VEX_Vcvtps2ph_xmmm128_ymm_imm8 => 8,
+            _ => 0,
+        };
+        thunk->HostAlignment = form.HostAlignment;
         return thunk;
     }
 
@@ -321,7 +333,7 @@ internal sealed unsafe class ThunkCache : IDisposable
         private readonly bool _isExplicitString;
         private readonly bool _writesRcx;
 
-        public Form(in Instruction original, in InstructionInfo info)
+        public Form(in Instruction original, InstructionInfoFactory infos)
         {
             OpCodeInfo opcode = original.OpCode;
             Instruction host = original;
@@ -332,14 +344,10 @@ internal sealed unsafe class ThunkCache : IDisposable
             _isVex = opcode.Encoding == EncodingKind.VEX;
             MemoryOperand = -1;
             Alignment = 1;
+            HostAlignment = 1;
             int generals = 0;
             for (int i = 0; i < original.OpCount; i++)
             {
-                OpAccess access = info.GetOpAccess(i);
-                bool reads = access is OpAccess.Read or OpAccess.CondRead or OpAccess.ReadWrite
-                    or OpAccess.ReadCondWrite;
-                bool writes = access is OpAccess.Write or OpAccess.CondWrite or OpAccess.ReadWrite
-                    or OpAccess.ReadCondWrite;
                 OpKind kind = original.GetOpKind(i);
                 if (kind == OpKind.Memory)
                 {
@@ -350,8 +358,8 @@ internal sealed unsafe class ThunkCache : IDisposable
                     host.MemoryDisplSize = 0;
                     MemoryOperand = i;
                     MemoryBytes = original.MemorySize.GetSize();
-                    IsStore = writes;
                     Alignment = AlignmentOf(original, MemoryBytes, _isVex);
+                    HostAlignment = !_isVex && MemoryBytes == 16 ? 16 : 1;
                     continue;
                 }
 
@@ -376,20 +384,38 @@ internal sealed unsafe class ThunkCache : IDisposable
                 };
                 host.SetOpRegister(i, renamed);
                 _registers[i] = renamed;
-                _isRead[i] = reads || (!_isVex && renamed.IsXMM());
-                _isWritten[i] = writes;
                 _usesMmx |= renamed.IsMM();
+            }
+
+            // Asked of the renamed instruction: for "xor x, x" Iced would say that x is not read.
+            InstructionInfo info = infos.GetInfo(host);
+            for (int i = 0; i < original.OpCount; i++)
+            {
+                OpAccess access = info.GetOpAccess(i);
+                bool writes = access is OpAccess.Write or OpAccess.CondWrite or OpAccess.ReadWrite
+                    or OpAccess.ReadCondWrite;
+                if (i == MemoryOperand)
+                {
+                    IsStore = writes;
+                }
+                else if (_registers.Length > i && _registers[i] != Register.None)
+                {
+                    _isRead[i] = access is OpAccess.Read or OpAccess.CondRead or OpAccess.ReadWrite
+                        or OpAccess.ReadCondWrite || (!_isVex && _registers[i].IsXMM());
+                    _isWritten[i] = writes;
+                }
             }
 
             Mnemonic mnemonic = original.Mnemonic;
             _readsXmm0 = !_isVex && mnemonic is Mnemonic.Blendvpd or Mnemonic.Blendvps or Mnemonic.Pblendvb
                 or Mnemonic.Sha256rnds2;
-            _writesXmm0 = mnemonic is Mnemonic.Pcmpistrm or Mnemonic.Pcmpestrm or Mnemonic.Vpcmpistrm
-                or Mnemonic.Vpcmpestrm;
-            _writesRcx = mnemonic is Mnemonic.Pcmpistri or Mnemonic.Pcmpestri or Mnemonic.Vpcmpistri
-                or Mnemonic.Vpcmpestri;
-            _isExplicitString = mnemonic is Mnemonic.Pcmpestri or Mnemonic.Pcmpestrm or Mnemonic.Vpcmpestri
-                or Mnemonic.Vpcmpestrm;
+            _writesXmm0 = mnemonic is Mnemonic.Pcmpistrm or Mnemonic.Pcmpestrm or Mnemonic.Pcmpestrm64
+                or Mnemonic.Vpcmpistrm or Mnemonic.Vpcmpestrm or Mnemonic.Vpcmpestrm64;
+            _writesRcx = mnemonic is Mnemonic.Pcmpistri or Mnemonic.Pcmpestri or Mnemonic.Pcmpestri64
+                or Mnemonic.Vpcmpistri or Mnemonic.Vpcmpestri or Mnemonic.Vpcmpestri64;
+            _isExplicitString = mnemonic is Mnemonic.Pcmpestri or Mnemonic.Pcmpestrm or Mnemonic.Pcmpestri64
+                or Mnemonic.Pcmpestrm64 or Mnemonic.Vpcmpestri or Mnemonic.Vpcmpestrm or Mnemonic.Vpcmpestri64
+                or Mnemonic.Vpcmpestrm64;
             IsX87 = SimdTraits.IsX87(original);
             WritesFlags = original.RflagsModified != RflagsBits.None && HasArithmeticFlags(original.RflagsModified);
             ReadsFlags = HasArithmeticFlags(original.RflagsRead);
@@ -412,6 +438,8 @@ internal sealed unsafe class ThunkCache : IDisposable
         public int MemoryOperand { get; }
 
         public int Alignment { get; }
+
+        public int HostAlignment { get; }
 
         public void EmitSimd(CodeBuffer to, bool isCareful)
         {
@@ -546,7 +574,13 @@ internal sealed unsafe class ThunkCache : IDisposable
                     or Mnemonic.Vmovntpd or Mnemonic.Vmovntdq or Mnemonic.Vmovntdqa:
                     return bytes;
                 case Mnemonic.Movups or Mnemonic.Movupd or Mnemonic.Movdqu or Mnemonic.Lddqu
-                    or Mnemonic.Pcmpestri or Mnemonic.Pcmpestrm or Mnemonic.Pcmpistri or Mnemonic.Pcmpistrm:
+                    or Mnemonic.Pcmpestri or Mnemonic.Pcmpestrm or Mnemonic.Pcmpistri or Mnemonic.Pcmpistrm
+                    or Mnemonic.Pcmpestri64 or Mnemonic.Pcmpestrm64:
+                    return 1;
+
+                // The manuals list them with the aligned ones, but AMD's processors do not check.
+                case Mnemonic.Sha1rnds4 or Mnemonic.Sha1nexte or Mnemonic.Sha1msg1 or Mnemonic.Sha1msg2
+                    or Mnemonic.Sha256rnds2 or Mnemonic.Sha256msg1 or Mnemonic.Sha256msg2:
                     return 1;
                 default:
                     return !isVex && bytes == 16 ? 16 : 1;

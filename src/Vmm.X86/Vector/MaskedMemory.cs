@@ -170,44 +170,31 @@ internal static unsafe class MaskedMemory
 
     private static Status Maskmovq(CpuContext* cpu, Insn* insn)
     {
-        if (!Mmx.Ready(cpu, out Status status))
+        if (!Mmx.Ready(cpu, insn, out Status status))
         {
             return status;
         }
 
-        // The registers' contents move to where MMX expects them; that is not visible if the store faults.
-        int top = (cpu->Fsw >> 11) & 7;
-        X87.RotateToTop(cpu, 0);
-        status = StoreBytes(cpu, insn, 8);
-        if (status == Status.Next)
-        {
-            Mmx.Enter(cpu);
-        }
-        else
-        {
-            X87.RotateToTop(cpu, top);
-        }
-
-        return status;
+        // The transition to MMX comes first and stays when the store faults, as on the processors we could ask.
+        Mmx.Enter(cpu);
+        return StoreBytes(cpu, insn, 8);
     }
 
     private static Status StoreBytes(CpuContext* cpu, Insn* insn, int count)
     {
         byte* from = (byte*)cpu + insn->R1;
         byte* mask = (byte*)cpu + insn->R2;
-        for (int i = 0; i < count; i++)
+
+        // These two check all bytes, selected or not (SDM 2B leaves that to the implementation; AMD's do).
+        if (!ElementAddress(cpu, insn, 0, count, write: true, out ulong linear) ||
+            !Mem.ProbeWrite(cpu, linear, count))
         {
-            if ((sbyte)mask[i] < 0 && (!ElementAddress(cpu, insn, i, 1, write: true, out ulong linear) ||
-                !Mem.ProbeWrite(cpu, linear, 1)))
-            {
-                return Status.Fault;
-            }
+            return Status.Fault;
         }
 
         for (int i = 0; i < count; i++)
         {
-            if ((sbyte)mask[i] < 0 && (!ElementAddress(cpu, insn, i, 1, write: true, out ulong linear) ||
-                !Mem.WriteBytes(cpu, linear, from + i, 1)))
+            if ((sbyte)mask[i] < 0 && !Mem.WriteBytes(cpu, linear + (uint)i, from + i, 1))
             {
                 return Status.Fault;
             }
@@ -269,7 +256,7 @@ internal static unsafe class MaskedMemory
     private static bool ElementAddress(
         CpuContext* cpu, Insn* insn, long at, int size, bool write, out ulong linear)
     {
-        ulong offset = (*(ulong*)((byte*)cpu + insn->Base) + insn->Displacement + (ulong)at) & insn->AddressMask;
+        ulong offset = (Mem.Offset(cpu, insn) + (ulong)at) & insn->AddressMask;
         if ((insn->Flags & InsnFlags.SegmentCheck) != 0)
         {
             return Segmentation.Linear(cpu, insn->Segment, offset, (uint)size, write, out linear);

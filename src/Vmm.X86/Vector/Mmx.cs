@@ -24,7 +24,7 @@ internal static unsafe class Mmx
     private const byte UsesXmmFlag = 128;
 
     /// <summary>MMX state is usable and no x87 exception is pending; otherwise raises.</summary>
-    public static bool Ready(CpuContext* cpu, out Status status)
+    public static bool Ready(CpuContext* cpu, Insn* insn, out Status status)
     {
         if ((cpu->Cr0 & (Cr0.Em | Cr0.Ts)) != 0)
         {
@@ -32,7 +32,7 @@ internal static unsafe class Mmx
             return false;
         }
 
-        return !X87.HasPending(cpu, out status);
+        return !X87.HasPending(cpu, insn, out status);
     }
 
     /// <summary>Makes the register file MMX: TOP 0, all registers valid.</summary>
@@ -50,11 +50,12 @@ internal static unsafe class Mmx
     /// <summary>EMMS.</summary>
     public static Status Emms(CpuContext* cpu, Insn* insn)
     {
-        if (!Ready(cpu, out Status status))
+        if (!Ready(cpu, insn, out Status status))
         {
             return status;
         }
 
+        Enter(cpu);
         cpu->Ftw = 0;
         return Status.Next;
     }
@@ -67,10 +68,8 @@ internal static unsafe class Mmx
         }
 
         byte* c = (byte*)cpu;
-        ushort fsw = cpu->Fsw;
-        byte ftw = cpu->Ftw;
         Enter(cpu);
-        return Finish(cpu, insn, fsw, ftw, c + insn->R0, c + insn->R1);
+        return Finish(cpu, insn, c + insn->R0, c + insn->R1);
     }
 
     private static Status Load(CpuContext* cpu, Insn* insn)
@@ -87,10 +86,8 @@ internal static unsafe class Mmx
             return Status.Fault;
         }
 
-        ushort fsw = cpu->Fsw;
-        byte ftw = cpu->Ftw;
         Enter(cpu);
-        return Finish(cpu, insn, fsw, ftw, (byte*)cpu + insn->R0, memory);
+        return Finish(cpu, insn, (byte*)cpu + insn->R0, memory);
     }
 
     private static Status Store(CpuContext* cpu, Insn* insn)
@@ -122,10 +119,11 @@ internal static unsafe class Mmx
             return false;
         }
 
-        return Ready(cpu, out status);
+        return Ready(cpu, insn, out status);
     }
 
-    private static Status Finish(CpuContext* cpu, Insn* insn, ushort fsw, byte ftw, void* p0, void* p1)
+    // An instruction that ends in #XM has made the transition to MMX all the same, as on real processors.
+    private static Status Finish(CpuContext* cpu, Insn* insn, void* p0, void* p1)
     {
         var thunk = (Thunk*)insn->Aux;
         if (thunk->Careful == null)
@@ -134,14 +132,6 @@ internal static unsafe class Mmx
             return Status.Next;
         }
 
-        Status status = VectorUnit.RunFloat(cpu, thunk, p0, p1, null, null);
-        if (status != Status.Next)
-        {
-            // #XM: the x87 state is as before the instruction.
-            X87.RotateToTop(cpu, (fsw >> 11) & 7);
-            cpu->Ftw = ftw;
-        }
-
-        return status;
+        return VectorUnit.RunFloat(cpu, thunk, p0, p1, null, null);
     }
 }

@@ -381,7 +381,7 @@ internal static unsafe class VectorUnit
         }
 
         byte* memory = Mem.ReadPointer(cpu, linear, size);
-        if (memory != null)
+        if (memory != null && ((ulong)memory & ((uint)thunk->HostAlignment - 1)) == 0)
         {
             return memory;
         }
@@ -425,8 +425,11 @@ internal static unsafe class VectorUnit
         bool seesTiny = (mxcsr & UnderflowMask) == 0;
         uint control = (mxcsr & ~Flags) | AllMasks;
         scratch->MxcsrIn = seesTiny ? control | FlushToZero : control;
-        scratch->CommitUnless = (~mxcsr >> 7) & Flags;
+        uint unmasked = (~mxcsr >> 7) & Flags;
+        bool isTinyHalf = seesTiny && HasExactTinyHalf(thunk, (byte*)p1, mxcsr);
+        scratch->CommitUnless = isTinyHalf ? AllMasks : unmasked;
         uint raised = thunk->Careful(p0, p1, p2, p3, cpu);
+        raised = (raised & unmasked) | (isTinyHalf ? Underflow | (scratch->MxcsrOut & unmasked) : 0);
         if (raised == 0)
         {
             cpu->Mxcsr = mxcsr | (scratch->MxcsrOut & Flags);
@@ -435,12 +438,15 @@ internal static unsafe class VectorUnit
 
         if (seesTiny)
         {
-            // Again without flush-to-zero, never committing, for the precision flag.
+            // Again without flush-to-zero, never committing, for the precision flag. Where the unmasked exception is an
+            // overflow or underflow, processors state whether the result is inexact for an unbounded exponent, which the
+            // masked run does not tell: PE may then be set where a processor would leave it (results are unaffected).
             scratch->MxcsrIn = control & ~FlushToZero;
             scratch->CommitUnless = AllMasks;
             thunk->Careful(p0, p1, p2, p3, cpu);
         }
 
+        // An exception before the computation hides those behind it.
         uint flags = (scratch->MxcsrOut & Flags) | (raised & Underflow);
         if ((raised & PreComputation) != 0)
         {
@@ -448,6 +454,27 @@ internal static unsafe class VectorUnit
         }
 
         cpu->Mxcsr = mxcsr | flags;
+        return false;
+    }
+
+    // Flush-to-zero does not act on conversions to half precision (SDM 2C, VCVTPS2PH), so their exact tiny results are
+    // found by looking at the sources: not zero, below 2^-14, a multiple of 2^-24.
+    private static bool HasExactTinyHalf(Thunk* thunk, byte* source, uint mxcsr)
+    {
+        const uint DenormalsAreZero = 0x40;
+        for (int i = 0; i < thunk->HalfElements; i++)
+        {
+            uint bits = *(uint*)(source + (i < 4 ? 4 * i : ThunkCache.UpperHalf + (4 * i) - 16)) & 0x7FFFFFFF;
+            int exponent = (int)(bits >> 23) - 127;
+            bool isTiny = bits != 0 && exponent < -14 && (bits >= 0x800000 || (mxcsr & DenormalsAreZero) == 0);
+            uint significand = (bits & 0x7FFFFF) | 0x800000;
+            int fraction = -1 - exponent;
+            if (isTiny && fraction <= 23 && (significand & ((1u << fraction) - 1)) == 0)
+            {
+                return true;
+            }
+        }
+
         return false;
     }
 

@@ -48,12 +48,21 @@ internal static unsafe class X87
         return true;
     }
 
-    /// <summary>An unmasked exception waits. Raises #MF, or drives FERR# and answers false.</summary>
+    /// <summary>
+    /// An unmasked exception waits: then the instruction has been dealt with, by #MF or by executing it in spite of the
+    /// exception, and <paramref name="status"/> is the handler's answer.
+    /// </summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
-    public static bool HasPending(CpuContext* cpu, out Status status)
+    public static bool HasPending(CpuContext* cpu, Insn* insn, out Status status)
     {
         status = Status.Next;
-        return (cpu->Fsw & ~cpu->Fcw & Exceptions) != 0 && Pending(cpu, out status);
+        if ((cpu->Fsw & ~cpu->Fcw & Exceptions) == 0)
+        {
+            return false;
+        }
+
+        status = Pending(cpu, insn);
+        return true;
     }
 
     /// <summary>Rewrites the image for another TOP; the physical registers keep their contents.</summary>
@@ -98,20 +107,26 @@ internal static unsafe class X87
         cpu->Fdp = 0;
     }
 
-    private static bool Pending(CpuContext* cpu, out Status status)
+    // With CR0.NE clear the instruction runs as under IGNNE#. The pending flags must not reach the host's FPU, where
+    // they would trap: they are taken out of the status word for the time of one execution.
+    [MethodImpl(MethodImplOptions.NoInlining)]
+    private static Status Pending(CpuContext* cpu, Insn* insn)
     {
         if ((cpu->Cr0 & Cr0.Ne) != 0)
         {
-            status = Faults.Mf(cpu);
-            return true;
+            return Faults.Mf(cpu);
         }
 
         FerrPort.Assert(cpu);
-        status = Status.Next;
-        return false;
+        int flags = cpu->Fsw & Exceptions;
+        cpu->Fsw = (ushort)(cpu->Fsw & ~(Exceptions | ErrorSummary | Busy));
+        Status status = insn->Handler(cpu, insn);
+        cpu->Fsw = (ushort)(cpu->Fsw | flags);
+        UpdateSummary(cpu);
+        return status;
     }
 
-    private static bool Ready(CpuContext* cpu, out Status status)
+    private static bool Ready(CpuContext* cpu, Insn* insn, out Status status)
     {
         if ((cpu->Cr0 & (Cr0.Em | Cr0.Ts)) != 0)
         {
@@ -119,7 +134,7 @@ internal static unsafe class X87
             return false;
         }
 
-        return !HasPending(cpu, out status);
+        return !HasPending(cpu, insn, out status);
     }
 
     private static ulong Opcode(byte* bytes)
@@ -140,7 +155,7 @@ internal static unsafe class X87
 
     private static Status Register(CpuContext* cpu, Insn* insn)
     {
-        if (!Ready(cpu, out Status status))
+        if (!Ready(cpu, insn, out Status status))
         {
             return status;
         }
@@ -167,7 +182,7 @@ internal static unsafe class X87
 
     private static Status Load(CpuContext* cpu, Insn* insn)
     {
-        if (!Ready(cpu, out Status status))
+        if (!Ready(cpu, insn, out Status status))
         {
             return status;
         }
@@ -195,7 +210,7 @@ internal static unsafe class X87
 
     private static Status Store(CpuContext* cpu, Insn* insn)
     {
-        if (!Ready(cpu, out Status status))
+        if (!Ready(cpu, insn, out Status status))
         {
             return status;
         }
@@ -272,7 +287,7 @@ internal static unsafe class X87
             return Faults.Nm(cpu);
         }
 
-        HasPending(cpu, out Status status);
+        HasPending(cpu, insn, out Status status);
         return status;
     }
 
@@ -329,7 +344,7 @@ internal static unsafe class X87
 
     private static Status Fldcw(CpuContext* cpu, Insn* insn)
     {
-        if (!Ready(cpu, out Status status))
+        if (!Ready(cpu, insn, out Status status))
         {
             return status;
         }
@@ -371,7 +386,7 @@ internal static unsafe class X87
 
     private static Status Fldenv(CpuContext* cpu, Insn* insn)
     {
-        if (!Ready(cpu, out Status status))
+        if (!Ready(cpu, insn, out Status status))
         {
             return status;
         }
@@ -417,7 +432,7 @@ internal static unsafe class X87
 
     private static Status Frstor(CpuContext* cpu, Insn* insn)
     {
-        if (!Ready(cpu, out Status status))
+        if (!Ready(cpu, insn, out Status status))
         {
             return status;
         }
