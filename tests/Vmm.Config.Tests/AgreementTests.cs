@@ -151,3 +151,48 @@ public sealed class AgreementTests
         }
     }
 }
+
+public sealed class SpecWriterTests
+{
+    [Fact]
+    public void Sample_WrittenAndReadBack_MeansTheSame()
+    {
+        string path = Path.Combine(AgreementTests.FindRoot(), "config", "sample.yaml");
+        foreach (MachineSpec spec in ConfigFiles.LoadFile(path).Machines)
+        {
+            string text = SpecWriter.Write(spec);
+            MachineSpec again = ConfigFiles.ParseUnchecked(text, "again.yaml", "/elsewhere", null).Machines[0];
+
+            again.Should().BeEquivalentTo(spec, options => options.Excluding(s => s.Source), text);
+            SpecWriter.Write(again).Should().Be(text);
+        }
+    }
+
+    [Fact]
+    public void Definitions_ThatDifferInOneValue_AreNotTheSame()
+    {
+        MachineSpec a = ConfigFiles.Parse("name: a\nmemory: 64M", "t", "/").Machines[0];
+        MachineSpec b = ConfigFiles.Parse("memory: 67108864\nname: a", "t", "/").Machines[0];
+        MachineSpec c = ConfigFiles.Parse("name: a\nmemory: 65M", "t", "/").Machines[0];
+
+        SpecWriter.AreSame(a, b).Should().BeTrue();
+        SpecWriter.AreSame(a, c).Should().BeFalse();
+    }
+
+    [Theory]
+    [InlineData("plain-word")]
+    [InlineData("")]
+    [InlineData("true")]
+    [InlineData("12")]
+    [InlineData(" lead")]
+    [InlineData("a: b")]
+    [InlineData("a #b")]
+    [InlineData("- a")]
+    [InlineData("quote\" back\\ \t\n \u0085 \u2028 é ~")]
+    [InlineData("[x]")]
+    [InlineData("*x")]
+    public void Text_QuotedForYaml_ReadsBack(string text)
+    {
+        YamlTree.Load("k: " + SpecWriter.Quote(text), "t")[0].Entries[0].Value.Text.Should().Be(text);
+    }
+}
