@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Globalization;
+using System.IO;
+using Vmm.Host.Native;
+
+namespace Vmm.Host;
+
+/// <summary>This process and others: sessions, signals, and the rights that a process gives up. Any thread.</summary>
+public static class HostProcess
+{
+    // The same numbers on all three systems.
+    private const int SigKill = 9;
+    private const int SigTerm = 15;
+
+    /// <summary>True when this process has root's rights.</summary>
+    public static bool IsRoot => LibC.geteuid() == 0;
+
+    /// <summary>Leaves the terminal's session, so that its signals do not reach this process.</summary>
+    /// <returns>False when the process already leads a group; nothing has changed then.</returns>
+    public static bool TryLeaveSession() => LibC.setsid() >= 0;
+
+    /// <summary>True when a process of that number is there (a zombie is).</summary>
+    public static bool Exists(int pid) => pid > 1 && (LibC.kill(pid, 0) == 0 || HostException.Last("kill").Error == Errno.EPERM);
+
+    /// <summary>Ends a process; <paramref name="force"/> gives it no say.</summary>
+    /// <returns>False when there is no such process or no right to.</returns>
+    public static bool TryEnd(int pid, bool force) => pid > 1 && LibC.kill(pid, force ? SigKill : SigTerm) == 0;
+
+    /// <summary>Becomes another user for good, with that user's groups only. All threads; root only.</summary>
+    /// <param name="user">Name of the user.</param>
+    /// <exception cref="HostException">There is no such user, or this process may not.</exception>
+    public static void BecomeUser(string user)
+    {
+        ArgumentNullException.ThrowIfNull(user);
+        (uint id, uint group) = FindUser(user);
+        if (LibC.initgroups(user, group) != 0 || LibC.setgid(group) != 0 || LibC.setuid(id) != 0)
+        {
+            throw HostException.Last($"become user {user}");
+        }
+
+        if (id != 0 && LibC.setuid(0) == 0)
+        {
+            throw new HostException($"becoming user {user} did not take root's rights away");
+        }
+    }
+
+    /// <summary>Keeps this process and its children from ever gaining rights by running set-user-ID programs (Linux).</summary>
+    /// <returns>False where the system has no such thing.</returns>
+    public static bool TryRefuseNewPrivileges()
+    {
+        const int SetNoNewPrivileges = 38;
+        return OsAbi.Current.System == HostSystem.Linux && LibC.prctl(SetNoNewPrivileges, 1, 0, 0, 0) == 0;
+    }
+
+    // passwd(5): name:password:uid:gid:... A user of NIS or LDAP is not found here; service accounts are local.
+    private static (uint User, uint Group) FindUser(string user)
+    {
+        foreach (string line in File.ReadLines("/etc/passwd"))
+        {
+            string[] fields = line.Split(':');
+            if (fields.Length >= 4 && string.Equals(fields[0], user, StringComparison.Ordinal)
+                && uint.TryParse(fields[2], NumberStyles.None, CultureInfo.InvariantCulture, out uint id)
+                && uint.TryParse(fields[3], NumberStyles.None, CultureInfo.InvariantCulture, out uint group))
+            {
+                return (id, group);
+            }
+        }
+
+        throw new HostException($"there is no user \"{user}\" on this host");
+    }
+}
