@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
 using System.Collections.Generic;
+using System.IO;
 using System.Threading;
 using Vmm.Core;
 using Vmm.Memory;
@@ -153,6 +154,30 @@ public sealed class Machine : IVcpuOwner, IDisposable
         }
     }
 
+    /// <summary>Writes the machine's state; it must be paused.</summary>
+    /// <param name="stream">Receives the snapshot; need not seek.</param>
+    /// <param name="progress">Told bytes of guest memory looked at, and their total.</param>
+    /// <exception cref="InvalidOperationException">The machine is running.</exception>
+    public void Save(Stream stream, Action<long, long>? progress = null)
+    {
+        lock (_control)
+        {
+            RequirePaused();
+            Snapshot.Write(SnapshotParts(), stream, progress);
+        }
+    }
+
+    /// <summary>Reads a state into this machine, which was built from the same definition and is paused.</summary>
+    /// <exception cref="StateException">The snapshot is damaged or of another machine; dispose this one.</exception>
+    public void Load(Stream stream)
+    {
+        lock (_control)
+        {
+            RequirePaused();
+            Snapshot.Read(SnapshotParts(), stream);
+        }
+    }
+
     /// <summary>Presses the power button: asks the guest to shut down.</summary>
     public void PressPowerButton() => _parts.PowerButton?.Invoke();
 
@@ -193,6 +218,24 @@ public sealed class Machine : IVcpuOwner, IDisposable
         _parts.Hypervisor.Dispose();
         _stopped.Dispose();
     }
+
+    private void RequirePaused()
+    {
+        if (_running)
+        {
+            throw new InvalidOperationException("the machine is running");
+        }
+    }
+
+    private SnapshotState SnapshotParts() => new(
+        _parts.Vm,
+        _parts.Vm.Irqchip,
+        _threads,
+        _parts.Devices,
+        _parts.Blocks,
+        _parts.Layout.MemoryBytes,
+        _parts.Clock.NowNs,
+        _parts.Clock.SetNow);
 
     /// <inheritdoc/>
     void IVcpuOwner.OnShutdown(VcpuThread thread) => Stop(MachineResult.For(

@@ -91,6 +91,7 @@ public sealed class MachineBuilder : IDisposable
             Vm = vm,
             Slots = slots,
             Memory = _memory,
+            Layout = _layout,
             Clock = _clock,
             Completer = new Completion(vm, _memory, options),
             CpuSignature = model.Signature,

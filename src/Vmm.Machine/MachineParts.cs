@@ -29,6 +29,9 @@ internal sealed class MachineParts
     /// <summary>Guest memory.</summary>
     public required GuestMemory Memory { get; init; }
 
+    /// <summary>Where RAM lies.</summary>
+    public required MemoryLayout Layout { get; init; }
+
     /// <summary>Guest time; owned.</summary>
     public required MachineClock Clock { get; init; }
 
