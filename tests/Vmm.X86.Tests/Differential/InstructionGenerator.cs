@@ -96,6 +96,14 @@ internal sealed class InstructionGenerator
             return false;
         }
 
+        // Makers differ in whether an operand size prefix counts for near branches in 64-bit mode, and UD0 has or has not
+        // a ModRM byte: Iced decodes another code than was encoded.
+        bool isAmbiguous = code is Code.Retnw or Code.Retnw_imm16 or Code.Call_rm16 or Code.Jmp_rm16;
+        if (code == Code.Ud0 || (_bitness == 64 && isAmbiguous))
+        {
+            return false;
+        }
+
         foreach (CpuidFeature feature in code.CpuidFeatures())
         {
             if (!s_features.Contains(feature))

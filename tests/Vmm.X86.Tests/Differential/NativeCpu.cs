@@ -213,6 +213,11 @@ internal sealed unsafe partial class NativeCpu : IDisposable
         a.mov(At64(ThreadAt), rax);
         a.mov(At64(HostAt), rsp);
         a.stmxcsr(__dword_ptr[HostAt + 8]);
+
+        // 64-bit code does not care what DS and ES hold, but can read it; compatibility mode needs a data segment.
+        a.mov(eax, 0x2B);
+        a.mov(ds, ax);
+        a.mov(es, ax);
         a.mov(eax, 7);
         a.xor(edx, edx);
         a.xrstor64(__[InputAt + NativeImage.XsaveOffset]);
@@ -232,14 +237,10 @@ internal sealed unsafe partial class NativeCpu : IDisposable
         a.jmp(At64(InputAt + (16 * 8)));
     }
 
-    // Compatibility mode: DS and ES must hold a data segment there (64-bit code does not care), then a far jump to the
-    // kernel's 32-bit user code segment. The m16:32 pointer is the low half of RIP followed by the selector.
+    // A far jump to the kernel's 32-bit user code segment. The m16:32 pointer is the low half of RIP followed by the selector.
     private static void EmitEnter32(Assembler a)
     {
         EmitSaveHost(a);
-        a.mov(eax, 0x2B);
-        a.mov(ds, ax);
-        a.mov(es, ax);
         a.mov(eax, __dword_ptr[InputAt + (16 * 8)]);
         a.mov(__dword_ptr[HostAt + 16], eax);
         a.mov(__word_ptr[HostAt + 20], 0x23);
