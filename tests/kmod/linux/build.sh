@@ -3,7 +3,8 @@
 # build.sh KERNEL_BUILD_DIR OUT: build OUT/vmk_kvm.ko for the tests.
 set -eu
 kdir=$1
-out=$2
+mkdir -p "$2"
+out=$(cd "$2" && pwd)
 here=$(cd "$(dirname "$0")" && pwd)
 top=$(cd "$here/../../../kmod" && pwd)
 mkdir -p "$out/k"
