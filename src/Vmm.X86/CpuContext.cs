@@ -345,6 +345,18 @@ internal unsafe struct CpuContext
     [FieldOffset(0x390)]
     public ushort* PcidAsids;
 
+    /// <summary>EXT: 1 in error codes while an external event is being delivered.</summary>
+    [FieldOffset(0x3A0)]
+    public int ExternalBit;
+
+    /// <summary>1 when the block cache must be emptied before the next block (memory slots changed).</summary>
+    [FieldOffset(0x3A4)]
+    public int BlocksStale;
+
+    /// <summary>VmShared.Epoch as this vCPU last saw it between two blocks.</summary>
+    [FieldOffset(0x3A8)]
+    public long SeenEpoch;
+
     /// <summary>Last TLB number given out.</summary>
     [FieldOffset(0x398)]
     public uint LastAsid;

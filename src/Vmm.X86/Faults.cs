@@ -82,6 +82,15 @@ internal static unsafe class Faults
         return Status.Fault;
     }
 
+    /// <summary>A non-canonical address in the stack segment is #SS(0).</summary>
+    public static void NonCanonicalIsStack(CpuContext* cpu)
+    {
+        if (cpu->Fault.NonCanonical)
+        {
+            Raise(cpu, Vector.StackFault, 0);
+        }
+    }
+
     /// <summary>An exception without an error code.</summary>
     public static Status Raise(CpuContext* cpu, byte vector)
     {

@@ -75,6 +75,28 @@ internal static unsafe class Flags
         }
     }
 
+    /// <summary>Sets ZF from a value and leaves the other flags, which are undefined after BSF and BSR.</summary>
+    public static void SetZero<T>(CpuContext* cpu, ulong value)
+        where T : unmanaged
+    {
+        ulong others = GetArithmetic(cpu) & ~Rflags.Zf;
+        SetArithmetic(cpu, others | (value == 0 ? Rflags.Zf : 0));
+    }
+
+    /// <summary>Sets CF and OF, leaves the others: rotates.</summary>
+    public static void SetCarryOverflow(CpuContext* cpu, bool carry, bool overflow) =>
+        cpu->FlagCarry = (cpu->FlagCarry & 8) | (carry ? 1UL << 63 : 0) | (carry != overflow ? 1UL << 62 : 0);
+
+    /// <summary>After an addition or subtraction of 1 whose CF must not change: INC, DEC.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void KeepCarry(CpuContext* cpu, ulong before)
+    {
+        ulong now = cpu->FlagCarry;
+        ulong overflow = (now ^ (now << 1)) & (1UL << 63);
+        ulong carry = before & (1UL << 63);
+        cpu->FlagCarry = carry | ((carry ^ overflow) >> 1) | (now & 8);
+    }
+
     /// <summary>Sets ZF PF SF from a result, and clears CF, OF and AF: AND, OR, XOR, TEST.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static void Logic<T>(CpuContext* cpu, ulong result)

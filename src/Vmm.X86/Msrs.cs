@@ -107,7 +107,7 @@ internal static unsafe class Msrs
                 value = 0;
                 return true;
             default:
-                return vcpu.Interrupts.TryReadMsr(index, out value);
+                return vcpu.InterruptPort.TryReadMsr(index, out value);
         }
     }
 
@@ -252,7 +252,7 @@ internal static unsafe class Msrs
             return true;
         }
 
-        if (!vcpu.Interrupts.TryWriteMsr(index, value))
+        if (!vcpu.InterruptPort.TryWriteMsr(index, value))
         {
             return false;
         }
@@ -288,7 +288,7 @@ internal static unsafe class Msrs
         }
         else if (index == TscDeadline)
         {
-            vcpu.Interrupts.TryWriteMsr(index, value);
+            vcpu.InterruptPort.TryWriteMsr(index, value);
         }
     }
 

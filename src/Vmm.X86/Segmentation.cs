@@ -85,6 +85,15 @@ internal static unsafe partial class Segmentation
         return false;
     }
 
+    /// <summary>Like Linear, but raises nothing: for fast paths that fall back when false.</summary>
+    public static bool Inside(CpuContext* cpu, int index, ulong offset, uint size, bool write, out ulong linear)
+    {
+        FaultInfo kept = cpu->Fault;
+        bool inside = Linear(cpu, index, offset, size, write, out linear);
+        cpu->Fault = kept;
+        return inside && linear + size <= 0x1_0000_0000;
+    }
+
     /// <summary>Linear address of a stack slot at an offset that is already masked with StackMask.</summary>
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static bool StackLinear(CpuContext* cpu, ulong offset, uint size, bool write, out ulong linear)

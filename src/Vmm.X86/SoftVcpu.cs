@@ -47,7 +47,7 @@ public sealed unsafe partial class SoftVcpu : IVcpu
 
     internal CpuContext* Context => _cpu;
 
-    internal ICpuInterruptPort Interrupts => _interrupts;
+    internal ICpuInterruptPort InterruptPort => _interrupts;
 
     internal bool HasFlushed =>
         (Volatile.Read(ref _cpu->Request) & RequestBits.FlushAll) == 0 || Volatile.Read(ref _cpu->Safe) != 0;
@@ -64,6 +64,7 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         int bits = (int)(sizes & 0xFF);
         _cpu->PhysicalBits = bits is >= 32 and <= 52 ? bits : 36;
         _cpu->PhysicalMask = (1UL << _cpu->PhysicalBits) - 1;
+        ResetOffered();
         Paging.FlushAll(_cpu);
     }
 
@@ -124,6 +125,7 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         Interlocked.And(ref _cpu->Request, ~RequestBits.FlushAll);
         Paging.FlushAll(_cpu);
         _cpu->Blocks.ForgetAll();
+        _cpu->BlocksStale = 1;
         Interlocked.Or(ref _cpu->Request, RequestBits.Look);
     }
 

@@ -52,6 +52,9 @@ public sealed unsafe class SoftVm : IVm
 
     internal VmShared* Shared { get; private set; }
 
+    /// <summary>All vCPUs; replaced as a whole.</summary>
+    internal SoftVcpu[] Vcpus { get; private set; } = [];
+
     /// <inheritdoc/>
     public void SetMemorySlot(int slot, in MemorySlot memory)
     {
@@ -157,6 +160,7 @@ public sealed unsafe class SoftVm : IVm
             ObjectDisposedException.ThrowIf(_disposed, this);
             var vcpu = new SoftVcpu(this, index, interrupts);
             _vcpus.Add(vcpu);
+            Vcpus = _vcpus.ToArray();
             Shared->Vcpus = _vcpus.Count;
             return vcpu;
         }

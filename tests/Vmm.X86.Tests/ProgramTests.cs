@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using FluentAssertions;
+using Vmm.Core;
+using Xunit;
+using static Iced.Intel.AssemblerRegisters;
+
+namespace Vmm.X86.Tests;
+
+public sealed class ProgramTests
+{
+    [Fact]
+    public void LongMode_LoopOfAdditions_ComputesSum()
+    {
+        using var vm = new TestVm();
+        vm.EnterLong();
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            var loop = a.CreateLabel();
+            a.mov(rax, 0L);
+            a.mov(ecx, 1000);
+            a.Label(ref loop);
+            a.add(rax, rcx);
+            a.dec(ecx);
+            a.jne(loop);
+            a.push(rax);
+            a.pop(rbx);
+            a.mov(__[0x20000], rbx);
+            a.hlt();
+        });
+        vm.Run().Should().Be(ExitKind.Halted);
+        vm.State.Gpr[0].Should().Be(500500);
+        vm.Read64(0x20000).Should().Be(500500);
+        vm.State.Gpr[4].Should().Be(TestVm.StackTop);
+    }
+
+    [Fact]
+    public void LongMode_CallAndReturn_KeepsStack()
+    {
+        using var vm = new TestVm();
+        vm.EnterLong();
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            var function = a.CreateLabel();
+            var done = a.CreateLabel();
+            a.mov(edi, 15);
+            a.call(function);
+            a.jmp(done);
+            a.Label(ref function);
+            a.lea(rax, __[rdi + rdi * 2 + 7]);
+            a.ret();
+            a.Label(ref done);
+            a.hlt();
+        });
+        vm.Run().Should().Be(ExitKind.Halted);
+        vm.State.Gpr[0].Should().Be(52);
+    }
+
+    [Fact]
+    public void LongMode_PageFault_DeliversErrorAndAddress()
+    {
+        using var vm = new TestVm();
+        vm.EnterLong();
+        vm.Write64(TestVm.PageTables + 0x2000 + 8, 0);
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            a.mov(eax, 0x200123);
+            a.mov(__byte_ptr[rax], 5);
+            a.hlt();
+        });
+        vm.Run().Should().Be(ExitKind.Halted);
+        vm.State.Cr2.Should().Be(0x200123);
+        vm.State.Rip.Should().Be(0x92000 + 14 + 1);
+        ulong stack = vm.State.Gpr[4];
+        vm.Read64(stack).Should().Be(2);
+        vm.Read64(stack + 8).Should().Be(TestVm.CodeAt + 5);
+    }
+
+    [Fact]
+    public void RealMode_SoftwareInterrupt_RunsHandlerAndReturns()
+    {
+        using var vm = new TestVm();
+        vm.EnterReal();
+        vm.Write16(0x21 * 4, 0x100);
+        vm.Write16((0x21 * 4) + 2, 0x1000);
+        vm.Assemble(TestVm.CodeAt, 16, a =>
+        {
+            a.mov(ax, 5);
+            a.@int(0x21);
+            a.inc(ax);
+            a.hlt();
+        });
+        vm.Assemble(TestVm.CodeAt + 0x100, 16, a =>
+        {
+            a.add(ax, 0x10);
+            a.iret();
+        });
+        vm.Run().Should().Be(ExitKind.Halted);
+        (vm.State.Gpr[0] & 0xFFFF).Should().Be(0x16);
+    }
+
+    [Fact]
+    public void ProtectedMode_SelfModifyingCode_TakesEffectAtOnce()
+    {
+        using var vm = new TestVm();
+        vm.EnterProtected();
+        vm.Assemble(TestVm.CodeAt, 32, a =>
+        {
+            var patched = a.CreateLabel();
+            var again = a.CreateLabel();
+            a.mov(ecx, 3);
+            a.xor(eax, eax);
+            a.Label(ref again);
+            a.inc(__byte_ptr[TestVm.CodeAt + 14]);
+            a.Label(ref patched);
+            a.mov(ebx, 0x10);
+            a.add(eax, ebx);
+            a.dec(ecx);
+            a.jne(again);
+            a.hlt();
+        });
+        vm.Run().Should().Be(ExitKind.Halted);
+        vm.State.Gpr[0].Should().Be(0x11 + 0x12 + 0x13);
+    }
+
+    [Fact]
+    public void LongMode_Interrupt_WakesHaltAndAcknowledges()
+    {
+        using var vm = new TestVm();
+        vm.EnterLong();
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            a.sti();
+            a.hlt();
+            a.hlt();
+        });
+        vm.Run().Should().Be(ExitKind.Halted);
+        vm.State.Rip.Should().Be(TestVm.CodeAt + 2);
+        vm.Port.Vectors.Enqueue(0x30);
+        vm.Continue().Should().Be(ExitKind.Halted);
+        vm.State.Rip.Should().Be(0x92000 + 0x30 + 1);
+    }
+
+    [Fact]
+    public void Shutdown_WithoutIdt_IsReported()
+    {
+        using var vm = new TestVm();
+        vm.EnterLong();
+        vm.State.IdtLimit = 0;
+        vm.Assemble(TestVm.CodeAt, 64, a => a.ud2());
+        vm.Run().Should().Be(ExitKind.Shutdown);
+    }
+
+    [Fact]
+    public void Run_HotLoop_AllocatesNothing()
+    {
+        using var vm = new TestVm();
+        vm.EnterLong();
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            var loop = a.CreateLabel();
+            a.mov(ecx, 100000);
+            a.Label(ref loop);
+            a.mov(__[0x20000], rcx);
+            a.@lock.add(__qword_ptr[0x20008], rcx);
+            a.mov(rax, __[0x20000]);
+            a.dec(ecx);
+            a.jne(loop);
+            a.hlt();
+        });
+        vm.Run();
+        vm.Cpu.WriteState(vm.State);
+        vm.State.Rip = TestVm.CodeAt;
+        vm.Cpu.WriteState(vm.State);
+        var exit = default(VcpuExit);
+        vm.Cpu.Run(ref exit);
+        vm.Cpu.WriteState(vm.State);
+        long before = GC.GetAllocatedBytesForCurrentThread();
+        vm.Cpu.Run(ref exit);
+        (GC.GetAllocatedBytesForCurrentThread() - before).Should().Be(0);
+    }
+}
