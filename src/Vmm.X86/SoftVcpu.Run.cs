@@ -32,7 +32,9 @@ public sealed unsafe partial class SoftVcpu
         DevicePort.Leave(cpu);
         try
         {
-            return Execute(cpu);
+            ExitKind kind = Execute(cpu);
+            exit.InterruptsMasked = kind == ExitKind.Halted && (cpu->RflagsSystem & Rflags.If) == 0;
+            return kind;
         }
         catch (Exception error)
         {

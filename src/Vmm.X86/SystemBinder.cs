@@ -112,10 +112,6 @@ internal static unsafe class SystemBinder
                 return &SystemGroup.Monitor;
             case Mnemonic.Mwait:
                 return &SystemGroup.Mwait;
-            case Mnemonic.Xgetbv:
-                return &SystemGroup.Xgetbv;
-            case Mnemonic.Xsetbv:
-                return &SystemGroup.Xsetbv;
             case Mnemonic.Rdrand:
             case Mnemonic.Rdseed:
                 return &SystemGroup.Rdrand;
@@ -129,24 +125,6 @@ internal static unsafe class SystemBinder
                 return &SystemGroup.Verw;
             case Mnemonic.Arpl:
                 return &SystemGroup.Arpl;
-            case Mnemonic.Fxsave:
-            case Mnemonic.Fxsave64:
-                return &XsaveGroup.Fxsave;
-            case Mnemonic.Fxrstor:
-            case Mnemonic.Fxrstor64:
-                return &XsaveGroup.Fxrstor;
-            case Mnemonic.Xsave:
-            case Mnemonic.Xsave64:
-                return &XsaveGroup.Xsave;
-            case Mnemonic.Xsaveopt:
-            case Mnemonic.Xsaveopt64:
-                return &XsaveGroup.Xsaveopt;
-            case Mnemonic.Xsavec:
-            case Mnemonic.Xsavec64:
-                return &XsaveGroup.Xsavec;
-            case Mnemonic.Xrstor:
-            case Mnemonic.Xrstor64:
-                return &XsaveGroup.Xrstor;
             default:
                 return null;
         }

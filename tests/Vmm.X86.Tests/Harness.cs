@@ -73,6 +73,13 @@ internal sealed class FakePort : ICpuInterruptPort, IRegisterWindow
     public void Write(uint offset, AccessWidth width, ulong value) => LastRegister = offset;
 }
 
+/// <summary>Executable memory for the vector thunks.</summary>
+internal static class TestCode
+{
+    public static ICodeMemory? Create() =>
+        Vmm.Host.CodeMemory.TryCreate(SoftHypervisor.CodeMemoryBytes, out _);
+}
+
 /// <summary>A clock that stands still until told otherwise.</summary>
 internal sealed class FakeClock : IClock
 {
@@ -116,7 +123,7 @@ internal sealed unsafe class TestVm : IDisposable
         NativeMemory.Clear(_memory, (nuint)bytes);
         _flags = (byte*)NativeMemory.AllocZeroed((nuint)(bytes >> 12) + 8);
         Bytes = bytes;
-        var hypervisor = new SoftHypervisor();
+        var hypervisor = new SoftHypervisor(TestCode.Create());
         Vm = (SoftVm)hypervisor.CreateVm(new VmOptions { Ports = Ports, Mmio = Mmio, Clock = Clock });
         Vm.SetMemorySlot(0, new MemorySlot(0, bytes, (nint)_memory, false, true, (nint)_flags));
         for (int i = 0; i < vcpus; i++)

@@ -910,52 +910,6 @@ internal static unsafe class SystemGroup
         return Insn.EndAndLook(cpu, insn);
     }
 
-    public static Status Xgetbv(CpuContext* cpu, Insn* insn)
-    {
-        if ((cpu->Cr4 & Cr4.OsXsave) == 0)
-        {
-            return Faults.Ud(cpu);
-        }
-
-        ulong value;
-        if ((uint)cpu->Rcx == 0)
-        {
-            value = cpu->Xcr0;
-        }
-        else if ((uint)cpu->Rcx == 1 && (cpu->Features & CpuFeature.Xgetbv1) != 0)
-        {
-            value = (XsaveState.InUse(cpu) | (cpu->Pkru != 0 ? XsaveState.Pkru : 0)) & cpu->Xcr0;
-        }
-        else
-        {
-            return Faults.Gp(cpu);
-        }
-
-        cpu->Rax = (uint)value;
-        cpu->Rdx = value >> 32;
-        return Status.Next;
-    }
-
-    public static Status Xsetbv(CpuContext* cpu, Insn* insn)
-    {
-        if ((cpu->Cr4 & Cr4.OsXsave) == 0)
-        {
-            return Faults.Ud(cpu);
-        }
-
-        ulong value = (uint)cpu->Rax | (cpu->Rdx << 32);
-        ulong allowed = SoftVcpu.From(cpu).AllowedXcr0;
-        bool bad = cpu->Cpl != 0 || (uint)cpu->Rcx != 0 || (value & 1) == 0 || (value & ~allowed) != 0 ||
-            (value & (XsaveState.Sse | XsaveState.Avx)) == XsaveState.Avx;
-        if (bad)
-        {
-            return Faults.Gp(cpu);
-        }
-
-        cpu->Xcr0 = value;
-        return Insn.EndAndLook(cpu, insn);
-    }
-
     /// <summary>RDRAND and RDSEED: register in R0.</summary>
     public static Status Rdrand(CpuContext* cpu, Insn* insn)
     {
