@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
-using System.Buffers.Binary;
 using System.Collections.Generic;
 using System.Globalization;
 using System.IO;
@@ -28,7 +27,7 @@ namespace Vmm.Backends.Net;
 /// <summary>A VM's port of a switch that lives in a directory. Thread-safe.</summary>
 internal sealed class VmSwitch : IDisposable
 {
-    private const int HeaderBytes = 12;
+    private const int HeaderBytes = FrameHeader.Bytes;
     private const int SocketBufferBytes = 1 << 20;
     private const int RescanMs = 1000;
     private const int BurstFrames = 64;
@@ -264,12 +263,7 @@ internal sealed class VmSwitch : IDisposable
     private SocketError Write(ulong mac, UnixDomainSocketEndPoint peer, ReadOnlySpan<byte> frame, in NetOffload offload)
     {
         Span<byte> datagram = _out;
-        datagram[0] = offload.NeedsChecksum ? (byte)1 : (byte)0;
-        datagram[1] = offload.SegmentKind;
-        BinaryPrimitives.WriteUInt16LittleEndian(datagram[2..], offload.HeaderBytes);
-        BinaryPrimitives.WriteUInt16LittleEndian(datagram[4..], offload.SegmentBytes);
-        BinaryPrimitives.WriteUInt16LittleEndian(datagram[6..], offload.ChecksumStart);
-        BinaryPrimitives.WriteUInt16LittleEndian(datagram[8..], offload.ChecksumOffset);
+        FrameHeader.Write(datagram, offload);
         frame.CopyTo(datagram[HeaderBytes..]);
         try
         {
@@ -308,19 +302,7 @@ internal sealed class VmSwitch : IDisposable
                 continue;
             }
 
-            ReadOnlySpan<byte> header = _in;
-            var offload = new NetOffload(
-                (header[0] & 1) != 0,
-                BinaryPrimitives.ReadUInt16LittleEndian(header[6..]),
-                BinaryPrimitives.ReadUInt16LittleEndian(header[8..]),
-                header[1],
-                BinaryPrimitives.ReadUInt16LittleEndian(header[4..]),
-                BinaryPrimitives.ReadUInt16LittleEndian(header[2..]));
-            bool sane = header[1] is 0 or 1 or 4
-                && (!offload.NeedsChecksum
-                    || offload.ChecksumStart + offload.ChecksumOffset + 2 <= length - HeaderBytes)
-                && (offload.SegmentKind == 0 || (offload.NeedsChecksum && offload.SegmentBytes != 0));
-            if (sane)
+            if (FrameHeader.TryRead(_in, length - HeaderBytes, out NetOffload offload))
             {
                 _onFrame(_in, HeaderBytes, length - HeaderBytes, offload);
             }
