@@ -87,3 +87,38 @@ public sealed class TableLoader
 
     private void Append(ReadOnlySpan<byte> command) => _script.AddRange(command);
 }
+
+/// <summary>Gives ACPI tables to firmware.</summary>
+public static class FwCfgAcpi
+{
+    private const string Tables = "etc/acpi/tables";
+    private const string Root = "etc/acpi/rsdp";
+
+    /// <summary>Adds the tables, their root pointer and the script that places them. Before the machine runs.</summary>
+    public static void AddTo(FwCfg fwCfg, AcpiBlob blob)
+    {
+        ArgumentNullException.ThrowIfNull(fwCfg);
+        ArgumentNullException.ThrowIfNull(blob);
+        var loader = new TableLoader();
+        loader.Allocate(Tables, 64, inLowMemory: false);
+        loader.Allocate(Root, 16, inLowMemory: true);
+        foreach (AcpiPointer pointer in blob.Pointers)
+        {
+            loader.AddPointer(Tables, Tables, (uint)pointer.Offset, (byte)pointer.Bytes);
+        }
+
+        foreach (AcpiChecksum checksum in blob.Checksums)
+        {
+            loader.AddChecksum(Tables, (uint)checksum.At, (uint)checksum.Start, (uint)checksum.Length);
+        }
+
+        // Root pointer (ACPI 6.5 §5.2.5.3): RSDT at 16, XSDT at 24, checksums over 20 and over 36 bytes.
+        loader.AddPointer(Root, Tables, 16, 4);
+        loader.AddPointer(Root, Tables, 24, 8);
+        loader.AddChecksum(Root, 8, 0, 20);
+        loader.AddChecksum(Root, 32, 0, 36);
+        fwCfg.AddFile(Tables, blob.Tables);
+        fwCfg.AddFile(Root, blob.RootPointer(0));
+        fwCfg.AddFile(TableLoader.FileName, loader.ToArray());
+    }
+}

@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Collections.Generic;
+using System.Threading;
+using Vmm.Core;
+
+namespace Vmm.Devices.Input;
+
+/// <summary>
+/// A PS/2 keyboard of 105 keys (PS/2 Hardware Interface Technical Reference, "Keyboards"): scan code sets 1 and 2,
+/// lights, and typematic repeat by guest time. Viewers' own repeats are ignored. It shares the controller's gate.
+/// </summary>
+public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
+{
+    private const byte Acknowledge = 0xFA;
+    private const byte Resend = 0xFE;
+    private const int QueueBytes = 256;
+
+    private readonly Lock _gate;
+    private readonly Action _pump;
+    private readonly IClock _clock;
+    private readonly IGuestTimer _repeat;
+    private readonly Queue<byte> _queue = new();
+    private readonly bool[] _pressed = new bool[256];
+    private byte _pendingCommand;
+    private byte _typematic;
+    private byte _lastSent;
+    private HidKey _repeating;
+    private int _set = 2;
+    private bool _scanning;
+    private bool _paused = true;
+    private long _dropped;
+    private volatile KeyboardLeds _leds;
+
+    internal Ps2Keyboard(Lock gate, IClock clock, Action pump)
+    {
+        _gate = gate;
+        _clock = clock;
+        _pump = pump;
+        _repeat = clock.CreateTimer("ps2-typematic", OnRepeat);
+    }
+
+    /// <inheritdoc/>
+    public bool IsActive
+    {
+        get
+        {
+            lock (_gate)
+            {
+                return _scanning;
+            }
+        }
+    }
+
+    /// <inheritdoc/>
+    public KeyboardLeds Leds => _leds;
+
+    /// <summary>Key events that found the queue full.</summary>
+    public long Dropped => Interlocked.Read(ref _dropped);
+
+    /// <inheritdoc/>
+    public void Send(HidKey key, bool pressed)
+    {
+        lock (_gate)
+        {
+            if (_pressed[(byte)key] == pressed || HidKeys.ToSet1(key) == 0)
+            {
+                return;
+            }
+
+            _pressed[(byte)key] = pressed;
+            if (!_scanning)
+            {
+                return;
+            }
+
+            Emit(key, pressed);
+            if (pressed && key != HidKey.Pause)
+            {
+                _repeating = key;
+                Arm(DelayNs);
+            }
+            else if (key == _repeating)
+            {
+                _repeating = HidKey.None;
+                _repeat.Cancel();
+            }
+
+            _pump();
+        }
+    }
+
+    /// <inheritdoc/>
+    public void Dispose() => _repeat.Dispose();
+
+    // Typematic byte: bits 6..5 delay (250 ms steps), 4..3 exponent and 2..0 mantissa of the period in 1/240 s.
+    private long DelayNs => (((_typematic >> 5) & 3) + 1) * 250_000_000L;
+
+    private long PeriodNs => (8L + (_typematic & 7)) * (1 << ((_typematic >> 3) & 3)) * 1_000_000_000 / 240;
+
+    internal void PowerOn()
+    {
+        _queue.Clear();
+        Array.Clear(_pressed);
+        Defaults();
+        _leds = KeyboardLeds.None;
+        _pendingCommand = 0;
+        _lastSent = 0;
+        _scanning = true;
+    }
+
+    internal void Pause(bool paused)
+    {
+        _paused = paused;
+        if (paused)
+        {
+            _repeat.Cancel();
+        }
+        else if (_repeating != HidKey.None)
+        {
+            Arm(DelayNs);
+        }
+    }
+
+    internal bool TryTake(out byte value)
+    {
+        if (!_queue.TryDequeue(out value))
+        {
+            return false;
+        }
+
+        if (value != Resend)
+        {
+            _lastSent = value;
+        }
+
+        return true;
+    }
+
+    internal void Command(byte value)
+    {
+        byte pending = _pendingCommand;
+        _pendingCommand = 0;
+
+        // A byte of 0xED and above is a command even where an argument is due.
+        if (pending != 0 && value < 0xED)
+        {
+            Argument(pending, value);
+            return;
+        }
+
+        switch (value)
+        {
+            case 0xED:
+            case 0xF0:
+            case 0xF3:
+                _pendingCommand = value;
+                Reply(Acknowledge);
+                break;
+            case 0xEE:
+                Reply(0xEE);
+                break;
+            case 0xF2:
+                Reply(Acknowledge, 0xAB, 0x83);
+                break;
+            case 0xF4:
+                _queue.Clear();
+                _scanning = true;
+                Reply(Acknowledge);
+                break;
+            case 0xF5:
+                Defaults();
+                _scanning = false;
+                Reply(Acknowledge);
+                break;
+            case 0xF6:
+                Defaults();
+                Reply(Acknowledge);
+                break;
+            case >= 0xF7 and <= 0xFA:
+                // Key types belong to set 3; accepted without effect.
+                Reply(Acknowledge);
+                break;
+            case 0xFE:
+                Reply(_lastSent);
+                break;
+            case 0xFF:
+                _queue.Clear();
+                Defaults();
+                _leds = KeyboardLeds.None;
+                _scanning = true;
+                Reply(Acknowledge, 0xAA);
+                break;
+            default:
+                Reply(Resend);
+                break;
+        }
+    }
+
+    internal void Save(StateWriter writer)
+    {
+        writer.WriteBytes("kbd.queue", _queue.ToArray());
+        Span<byte> pressed = stackalloc byte[256];
+        for (int i = 0; i < 256; i++)
+        {
+            pressed[i] = _pressed[i] ? (byte)1 : (byte)0;
+        }
+
+        writer.WriteBytes("kbd.pressed", pressed);
+        writer.Write("kbd.pending", (ulong)_pendingCommand);
+        writer.Write("kbd.typematic", (ulong)_typematic);
+        writer.Write("kbd.lastSent", (ulong)_lastSent);
+        writer.Write("kbd.repeating", (ulong)_repeating);
+        writer.Write("kbd.set", (ulong)_set);
+        writer.Write("kbd.scanning", _scanning);
+        writer.Write("kbd.leds", (ulong)_leds);
+    }
+
+    internal void Load(StateReader reader)
+    {
+        ReadOnlySpan<byte> queue = reader.ReadBytes("kbd.queue");
+        if (queue.Length > QueueBytes)
+        {
+            throw new StateException($"{reader.Section}.kbd.queue: {queue.Length} bytes");
+        }
+
+        _queue.Clear();
+        foreach (byte value in queue)
+        {
+            _queue.Enqueue(value);
+        }
+
+        Span<byte> pressed = stackalloc byte[256];
+        reader.ReadBytes("kbd.pressed", pressed);
+        for (int i = 0; i < 256; i++)
+        {
+            _pressed[i] = pressed[i] != 0;
+        }
+
+        _pendingCommand = reader.ReadByte("kbd.pending");
+        _typematic = reader.ReadByte("kbd.typematic");
+        _lastSent = reader.ReadByte("kbd.lastSent");
+        _repeating = (HidKey)reader.ReadByte("kbd.repeating");
+        _set = reader.ReadBounded("kbd.set", 2) == 1 ? 1 : 2;
+        _scanning = reader.ReadBoolean("kbd.scanning");
+        _leds = (KeyboardLeds)reader.ReadBounded("kbd.leds", 7);
+    }
+
+    private void Argument(byte command, byte value)
+    {
+        switch (command)
+        {
+            case 0xED:
+                // Bit 0 Scroll, 1 Num, 2 Caps.
+                _leds = ((value & 1) != 0 ? KeyboardLeds.Scroll : 0) | ((value & 2) != 0 ? KeyboardLeds.Num : 0) |
+                    ((value & 4) != 0 ? KeyboardLeds.Caps : 0);
+                Reply(Acknowledge);
+                break;
+            case 0xF0 when value == 0:
+                Reply(Acknowledge, (byte)_set);
+                break;
+            case 0xF0 when value is 1 or 2:
+                _queue.Clear();
+                _set = value;
+                Reply(Acknowledge);
+                break;
+            case 0xF3:
+                _typematic = (byte)(value & 0x7F);
+                Reply(Acknowledge);
+                break;
+            default:
+                Reply(Resend);
+                break;
+        }
+    }
+
+    private void Defaults()
+    {
+        _set = 2;
+        _typematic = 0x2B;
+        _repeating = HidKey.None;
+        _repeat.Cancel();
+    }
+
+    private void Reply(params ReadOnlySpan<byte> bytes)
+    {
+        // Answers go before keys that wait.
+        byte[] waiting = _queue.ToArray();
+        _queue.Clear();
+        foreach (byte value in bytes)
+        {
+            _queue.Enqueue(value);
+        }
+
+        foreach (byte value in waiting)
+        {
+            if (_queue.Count < QueueBytes)
+            {
+                _queue.Enqueue(value);
+            }
+        }
+    }
+
+    private void Emit(HidKey key, bool pressed)
+    {
+        Span<byte> bytes = stackalloc byte[8];
+        int length = ScanCodes.Encode(key, pressed, _set, bytes);
+        if (_queue.Count + length > QueueBytes)
+        {
+            Interlocked.Increment(ref _dropped);
+            return;
+        }
+
+        for (int i = 0; i < length; i++)
+        {
+            _queue.Enqueue(bytes[i]);
+        }
+    }
+
+    private void Arm(long afterNs)
+    {
+        if (!_paused)
+        {
+            _repeat.ArmAt(_clock.NowNs + afterNs);
+        }
+    }
+
+    private void OnRepeat()
+    {
+        lock (_gate)
+        {
+            if (_paused || !_scanning || _repeating == HidKey.None || !_pressed[(byte)_repeating])
+            {
+                return;
+            }
+
+            // A guest that does not fetch gets no backlog of repeats.
+            if (_queue.Count == 0)
+            {
+                Emit(_repeating, pressed: true);
+            }
+
+            Arm(PeriodNs);
+            _pump();
+        }
+    }
+}
