@@ -234,6 +234,8 @@ public sealed class MachineBuilder : IDisposable
         var isaBridge = new Piix3IsaBridge(isaLines);
         Attach(parts, bus, isaBridge, 1);
         bus.Router = isaBridge;
+        StorageWiring storage = StorageWiring.Add(parts, _spec, bus, isaLines);
+        rtc.SetRam(StorageWiring.CmosFloppyTypes, storage.FloppyTypes);
         var pm = new AcpiPm(_clock, interrupts.Line(9), _system);
         Attach(parts, bus, pm, 1, 3);
         _ports.Map(AcpiPm.ApmPort, pm.ApmWindow);

@@ -18,17 +18,51 @@ namespace Vmm.Backends.Block;
 // Threads start when the first requests need them, so that an idle CD costs nothing. Pausing a machine is Drain: it
 // waits until the count of requests in the queue and in hands is 0.
 
+/// <summary>When a write that has completed is stable.</summary>
+public enum BlockCacheMode
+{
+    /// <summary>After the next flush, or at once with FUA.</summary>
+    WriteBack,
+
+    /// <summary>Always.</summary>
+    WriteThrough,
+
+    /// <summary>Never: flushes are ignored, which is fast and loses data when the host goes down.</summary>
+    Unsafe,
+}
+
+/// <summary>How a disk is to be served.</summary>
+public sealed record BlockBackendOptions
+{
+    /// <summary>Most threads, 1..64.</summary>
+    public int MaxThreads { get; init; } = 4;
+
+    /// <summary>Stability of writes.</summary>
+    public BlockCacheMode Cache { get; init; }
+
+    /// <summary>The guest may give space back; false keeps everything allocated.</summary>
+    public bool AllowDiscard { get; init; } = true;
+
+    /// <summary>Most bytes moved in a second, 0 for no limit.</summary>
+    public long BytesPerSecond { get; init; }
+
+    /// <summary>Most requests in a second, 0 for no limit.</summary>
+    public long RequestsPerSecond { get; init; }
+}
+
 /// <summary>Runs an image's synchronous calls on worker threads of its own.</summary>
 public sealed class ThreadedBlockBackend : IBlockBackend
 {
-    /// <summary>How many threads a disk gets unless said otherwise.</summary>
-    public const int DefaultThreads = 4;
+    // A limit may be exceeded for so long after a quiet time.
+    private const long BurstMs = 100;
 
     private readonly Lock _completionGate = new();
     private readonly object _gate = new();
     private readonly Queue<BlockRequest> _queue = new();
     private readonly List<Thread> _threads = [];
-    private readonly int _maxThreads;
+    private readonly BlockBackendOptions _options;
+    private readonly ManualResetEventSlim _stop = new();
+    private double _busyUntilMs;
     private readonly string _name;
     private int _idle;
     private int _pending;
@@ -39,15 +73,18 @@ public sealed class ThreadedBlockBackend : IBlockBackend
     /// <summary>Starts serving an image.</summary>
     /// <param name="image">The image; disposed with the back end.</param>
     /// <param name="name">For thread names: "disk0".</param>
-    /// <param name="maxThreads">Most threads, 1..64.</param>
-    public ThreadedBlockBackend(BlockImage image, string name, int maxThreads = DefaultThreads)
+    /// <param name="options">How; null for the usual way.</param>
+    public ThreadedBlockBackend(BlockImage image, string name, BlockBackendOptions? options = null)
     {
         ArgumentNullException.ThrowIfNull(image);
-        ArgumentOutOfRangeException.ThrowIfLessThan(maxThreads, 1);
-        ArgumentOutOfRangeException.ThrowIfGreaterThan(maxThreads, 64);
+        _options = options ?? new BlockBackendOptions();
+        if (_options.MaxThreads is < 1 or > 64 || _options.BytesPerSecond < 0 || _options.RequestsPerSecond < 0)
+        {
+            throw new ArgumentOutOfRangeException(nameof(options));
+        }
+
         Image = image;
         _name = name;
-        _maxThreads = maxThreads;
     }
 
     /// <summary>The image underneath.</summary>
@@ -66,7 +103,7 @@ public sealed class ThreadedBlockBackend : IBlockBackend
     public bool IsReadOnly => Image.IsReadOnly;
 
     /// <inheritdoc/>
-    public bool CanDiscard => Image.CanDiscard;
+    public bool CanDiscard => Image.CanDiscard && _options.AllowDiscard;
 
     /// <inheritdoc/>
     public void Submit(BlockRequest request)
@@ -77,7 +114,7 @@ public sealed class ThreadedBlockBackend : IBlockBackend
             ObjectDisposedException.ThrowIf(_stopping, this);
             _pending++;
             _queue.Enqueue(request);
-            if (_idle >= _queue.Count || _threads.Count >= _maxThreads)
+            if (_idle >= _queue.Count || _threads.Count >= _options.MaxThreads)
             {
                 // A single pulse could go to a thread in Drain, which waits on the same monitor.
                 if (_draining > 0)
@@ -129,6 +166,7 @@ public sealed class ThreadedBlockBackend : IBlockBackend
             }
 
             _stopping = true;
+            _stop.Set();
             threads = [.. _threads];
             Monitor.PulseAll(_gate);
         }
@@ -139,6 +177,7 @@ public sealed class ThreadedBlockBackend : IBlockBackend
         }
 
         Image.Dispose();
+        _stop.Dispose();
     }
 
     private void Work()
@@ -163,6 +202,7 @@ public sealed class ThreadedBlockBackend : IBlockBackend
                 request = _queue.Dequeue();
             }
 
+            Throttle(request);
             BlockStatus status = Execute(request);
             if (status != BlockStatus.Ok)
             {
@@ -185,13 +225,47 @@ public sealed class ThreadedBlockBackend : IBlockBackend
         }
     }
 
+    // Each request takes its share of the limits' time; it starts when those before it have used up theirs.
+    private void Throttle(BlockRequest request)
+    {
+        if (_options is { BytesPerSecond: 0, RequestsPerSecond: 0 } || request.Operation == BlockOperation.Flush)
+        {
+            return;
+        }
+
+        bool movesData = request.Operation is BlockOperation.Read or BlockOperation.Write;
+        double cost = 0;
+        if (_options.BytesPerSecond > 0 && movesData)
+        {
+            cost = request.LengthBytes * 1000.0 / _options.BytesPerSecond;
+        }
+
+        if (_options.RequestsPerSecond > 0)
+        {
+            cost = Math.Max(cost, 1000.0 / _options.RequestsPerSecond);
+        }
+
+        double wait;
+        lock (_gate)
+        {
+            double now = Environment.TickCount64;
+            wait = Math.Max(_busyUntilMs - now, 0);
+            _busyUntilMs = Math.Max(_busyUntilMs, now - BurstMs) + cost;
+        }
+
+        if (wait >= 1)
+        {
+            _ = _stop.Wait((int)Math.Min(wait, int.MaxValue));
+        }
+    }
+
     private BlockStatus Execute(BlockRequest request)
     {
         long offset = request.OffsetBytes;
         long length = request.LengthBytes;
         if (request.Operation == BlockOperation.Flush)
         {
-            return Image.Flush();
+            return _options.Cache == BlockCacheMode.Unsafe ? BlockStatus.Ok : Image.Flush();
         }
 
         if (((offset | length) & 511) != 0 || offset < 0 || length < 0 || offset > LengthBytes
@@ -227,17 +301,19 @@ public sealed class ThreadedBlockBackend : IBlockBackend
             }
 
             case BlockOperation.Discard:
-                status = Image.Discard(offset, length);
+                status = _options.AllowDiscard ? Image.Discard(offset, length) : BlockStatus.Ok;
                 break;
 
             case BlockOperation.WriteZeroes:
-                status = Image.WriteZeroes(offset, length, request.MayUnmap);
+                status = Image.WriteZeroes(offset, length, request.MayUnmap && _options.AllowDiscard);
                 break;
 
             default:
                 return BlockStatus.Refused;
         }
 
-        return status == BlockStatus.Ok && request.ForceUnitAccess ? Image.Flush() : status;
+        bool isForced = _options.Cache == BlockCacheMode.WriteThrough
+            || (request.ForceUnitAccess && _options.Cache != BlockCacheMode.Unsafe);
+        return status == BlockStatus.Ok && isForced ? Image.Flush() : status;
     }
 }
