@@ -221,7 +221,7 @@ add_basic(struct table *t, uint32_t max)
 			break;
 		case 1:
 			o[1] &= 0x0000ff00;		/* CLFLUSH only */
-			o[2] = (o[2] & MASK_1_ECX) | B(21) | B(24) | B(31);
+			o[2] = (o[2] & MASK_1_ECX) | B(21) | B(31);
 			o[3] &= MASK_1_EDX;
 			if (vmk_xcr0_supported() == 0)
 				o[2] &= ~(B(26) | B(28));

@@ -45,8 +45,9 @@ void	vmk_lapic_reset(struct vmk_vcpu *, bool init);
 /* ---- the run loop (vcpu thread, inside a CPU section: no sleeping) ----- */
 
 /*
- * Highest vector that the local APIC, or the 8259 through LINT0 in virtual
- * wire mode, would deliver now; -1 none.  Takes PPR into account, not
+ * Highest vector that the local APIC would deliver now; 256 if the 8259 (or
+ * with a split irqchip user space's, vcpu->ext_pending) waits at LINT0, whose
+ * vector only the acknowledge tells; -1 none.  Takes PPR into account, not
  * RFLAGS.IF.
  */
 int	vmk_irq_pending(struct vmk_vcpu *);
@@ -57,6 +58,8 @@ int	vmk_irq_pending(struct vmk_vcpu *);
 bool	vmk_irq_blocked_by_tpr(struct vmk_vcpu *);
 /* Interrupt acknowledge: take that vector (IRR to ISR, or 8259 INTA). */
 int	vmk_irq_ack(struct vmk_vcpu *);
+/* Does this vCPU's local APIC let the output of an 8259 through? */
+bool	vmk_lapic_takes_pic(struct vmk_vcpu *);
 /* Does anything end HLT: as vmk_irq_pending() >= 0, any context. */
 bool	vmk_irq_wakes(struct vmk_vcpu *);
 

@@ -256,6 +256,16 @@ irq_allowed(struct vmk_vcpu *vcpu)
 	    vmk_arch->get_shadow(vcpu) == 0);
 }
 
+/* May user space's 8259, where it has one, deliver now? */
+static bool
+user_window_open(struct vmk_vcpu *vcpu)
+{
+	if (event_waiting(&vcpu->ev) || vcpu->ext_pending ||
+	    !irq_allowed(vcpu))
+		return (false);
+	return (vcpu->lapic == NULL || vmk_lapic_takes_pic(vcpu));
+}
+
 static void
 choose_irq(struct vmk_vcpu *vcpu, struct vmk_entry *e)
 {
@@ -266,11 +276,10 @@ choose_irq(struct vmk_vcpu *vcpu, struct vmk_entry *e)
 		e->irq_window = e->inject != VMK_INJ_IRQ;
 		return;
 	}
-	if (vcpu->lapic == NULL) {
-		e->irq_window = vcpu->want_window;
-		return;
-	}
-	if (vmk_irq_pending(vcpu) < 0)
+	/* A window that could not be used would open at every entry. */
+	e->irq_window = vcpu->want_window &&
+	    (vcpu->lapic == NULL || vmk_lapic_takes_pic(vcpu));
+	if (vcpu->lapic == NULL || vmk_irq_pending(vcpu) < 0)
 		return;
 	if (e->inject != VMK_INJ_NONE || !irq_allowed(vcpu)) {
 		e->irq_window = true;
@@ -392,7 +401,7 @@ serve_fast(struct vmk_vcpu *vcpu, const struct vmk_exit *x)
 	case VMK_X_NONE:
 		return (true);
 	case VMK_X_IRQ_WINDOW:
-		return (vcpu->lapic != NULL);
+		return (!vcpu->want_window);
 	case VMK_X_NMI_WINDOW:
 		/*
 		 * About to execute IRET, which unblocks NMIs when it is
@@ -656,16 +665,15 @@ run_loop(struct vmk_vcpu *vcpu)
 			(void)exit_debug(vcpu, VMK_DB);
 			return (0);
 		}
+		if (vcpu->want_window && user_window_open(vcpu)) {
+			vcpu->run->exit_reason = ABI_EXIT_IRQ_WINDOW_OPEN;
+			return (0);
+		}
 		if (vcpu->mp_state != ABI_MP_RUNNABLE) {
 			error = idle(vcpu);
 			if (error != 0)
 				return (error);
 			continue;
-		}
-		if (vcpu->want_window && vcpu->lapic == NULL &&
-		    !event_waiting(&vcpu->ev) && irq_allowed(vcpu)) {
-			vcpu->run->exit_reason = ABI_EXIT_IRQ_WINDOW_OPEN;
-			return (0);
 		}
 		run_section(vcpu, &x);
 		if (x.kind != VMK_X_ABORTED &&
@@ -687,8 +695,9 @@ publish(struct vmk_vcpu *vcpu)
 	run->flags = 0;
 	run->cr8 = vmk_arch->get_creg(vcpu, VMK_CR8);
 	run->apic_base = vcpu->apic_base;
-	run->ready_for_interrupt_injection = vcpu->lapic != NULL ||
-	    (!event_waiting(&vcpu->ev) && irq_allowed(vcpu));
+	run->ready_for_interrupt_injection =
+	    vcpu->vm->irqchip_mode == VMK_IRQCHIP_KERNEL ||
+	    user_window_open(vcpu);
 }
 
 /* KVM_RUN; vcpu->lock held. */
@@ -701,7 +710,8 @@ vmk_vcpu_run(struct vmk_vcpu *vcpu)
 
 	if (!vmk_mm_is_current(vcpu->vm->mm))
 		return (VMK_EIO);
-	vcpu->want_window = run->request_interrupt_window != 0;
+	vcpu->want_window = run->request_interrupt_window != 0 &&
+	    vcpu->vm->irqchip_mode != VMK_IRQCHIP_KERNEL;
 	cr8 = run->cr8;
 	if (vcpu->lapic == NULL) {
 		if (cr8 > 15)

@@ -46,7 +46,7 @@ vmk_vcpu_reset(struct vmk_vcpu *vcpu, bool init)
 	vcpu->rflags = RFLAGS_FIXED;
 	memset(&vcpu->ev, 0, sizeof(vcpu->ev));
 	vcpu->em.pending = VMK_PEND_NONE;
-	vcpu->debug_stepped = false;
+	vcpu->debug_stepped = vcpu->ext_pending = false;
 	vcpu->tlb_gen = 0;
 	memset(vcpu->dr, 0, sizeof(vcpu->dr));
 	vmk_arch->set_creg(vcpu, VMK_DR6, 0xffff0ff0);
@@ -592,8 +592,19 @@ interrupt(struct vmk_vcpu *vcpu, const struct abi_interrupt *a)
 {
 	if (a->irq > 255)
 		return (VMK_EINVAL);
-	if (vcpu->lapic != NULL)
+	switch (vcpu->vm->irqchip_mode) {
+	case VMK_IRQCHIP_KERNEL:
 		return (VMK_ENXIO);
+	case VMK_IRQCHIP_SPLIT:
+		/* From user space's 8259; the local APIC decides when. */
+		if (vcpu->ext_pending)
+			return (VMK_EEXIST);
+		vcpu->ext_pending = true;
+		vcpu->ext_vector = (uint8_t)a->irq;
+		return (0);
+	default:
+		break;
+	}
 	if (vcpu->ev.irq_injected)
 		return (VMK_EEXIST);
 	vcpu->ev.irq_injected = true;
@@ -736,6 +747,7 @@ union vcpu_arg {
 	struct abi_guest_debug guest_debug;
 	struct abi_translation translation;
 	struct abi_lapic_state lapic;
+	struct abi_vapic_addr vapic;
 };
 
 static int
@@ -748,6 +760,17 @@ static int
 lapic_set(struct vmk_vcpu *vcpu, const struct abi_lapic_state *a)
 {
 	return (vcpu->lapic == NULL ? VMK_EINVAL : vmk_lapic_set(vcpu, a));
+}
+
+/*
+ * QEMU names a page for a shadow of the TPR without asking whether there is
+ * a use for it (CAP_VAPIC is not offered).  Nothing is ever written there.
+ */
+static int
+set_vapic(struct vmk_vcpu *vcpu, const struct abi_vapic_addr *a)
+{
+	(void)a;
+	return (vcpu->lapic == NULL ? VMK_EINVAL : 0);
 }
 
 #define	H(req, member, call)						\
@@ -779,6 +802,7 @@ vcpu_structured(struct vmk_vcpu *vcpu, uint32_t request, union vcpu_arg *u)
 	H(TRANSLATE, translation, translate);
 	H(GET_LAPIC, lapic, lapic_get);
 	H(SET_LAPIC, lapic, lapic_set);
+	H(SET_VAPIC_ADDR, vapic, set_vapic);
 	default:
 		return (VMK_ENOTTY);
 	}
@@ -799,7 +823,7 @@ is_structured(uint32_t request, size_t *size, bool *in, bool *out)
 	case ABI_GET_VCPU_EVENTS: case ABI_SET_VCPU_EVENTS:
 	case ABI_GET_MP_STATE: case ABI_SET_MP_STATE: case ABI_INTERRUPT:
 	case ABI_SET_GUEST_DEBUG: case ABI_TRANSLATE: case ABI_GET_LAPIC:
-	case ABI_SET_LAPIC:
+	case ABI_SET_LAPIC: case ABI_SET_VAPIC_ADDR:
 		return (true);
 	default:
 		return (false);

@@ -285,6 +285,8 @@ struct vmk_vcpu {
 	uint32_t	 ncpuid;
 	bool		 has_run;
 	bool		 want_window;	/* request_interrupt_window */
+	bool		 ext_pending;	/* split: from user space's PIC */
+	uint8_t		 ext_vector;
 	int		 run_error;
 	uint32_t	 guest_debug;	/* ABI_GUESTDBG_* */
 	bool		 debug_stepped;

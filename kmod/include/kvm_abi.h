@@ -210,6 +210,10 @@ struct abi_translation {
 	uint8_t		pad[5];
 };
 
+struct abi_vapic_addr {
+	uint64_t	vapic_addr;
+};
+
 struct abi_interrupt {
 	uint32_t	irq;
 };
@@ -595,6 +599,7 @@ struct abi_run {
 #define	ABI_SET_LAPIC			ABI_IOW(0x8f, struct abi_lapic_state)
 #define	ABI_SET_CPUID2			ABI_IOW(0x90, struct abi_cpuid2)
 #define	ABI_GET_CPUID2			ABI_IOWR(0x91, struct abi_cpuid2)
+#define	ABI_SET_VAPIC_ADDR		ABI_IOW(0x93, struct abi_vapic_addr)
 #define	ABI_GET_MP_STATE		ABI_IOR(0x98, struct abi_mp_state)
 #define	ABI_SET_MP_STATE		ABI_IOW(0x99, struct abi_mp_state)
 #define	ABI_NMI				ABI_IO(0x9a)

@@ -95,7 +95,7 @@ registers(void)
 	OFF(translation, kvm_translation, valid);
 	OFF(translation, kvm_translation, writeable);
 	OFF(translation, kvm_translation, usermode);
-	SIZE(interrupt, kvm_interrupt);
+	SIZE(interrupt, kvm_interrupt); SIZE(vapic_addr, kvm_vapic_addr);
 	SIZE(mp_state, kvm_mp_state);
 	done("registers");
 }
@@ -346,7 +346,7 @@ requests(void)
 	NUM(GET_REGS); NUM(SET_REGS); NUM(GET_SREGS); NUM(SET_SREGS);
 	NUM(TRANSLATE); NUM(INTERRUPT); NUM(GET_MSRS); NUM(SET_MSRS);
 	NUM(GET_FPU); NUM(SET_FPU); NUM(GET_LAPIC); NUM(SET_LAPIC);
-	NUM(SET_CPUID2); NUM(GET_CPUID2); NUM(GET_MP_STATE);
+	NUM(SET_CPUID2); NUM(GET_CPUID2); NUM(SET_VAPIC_ADDR); NUM(GET_MP_STATE);
 	NUM(SET_MP_STATE); NUM(NMI); NUM(SET_GUEST_DEBUG);
 	NUM(X86_SETUP_MCE); NUM(GET_VCPU_EVENTS); NUM(SET_VCPU_EVENTS);
 	NUM(GET_DEBUGREGS); NUM(SET_DEBUGREGS); NUM(ENABLE_CAP);

@@ -543,7 +543,7 @@ test_triple(void)
 	tap_done("guest: triple fault, execution outside memory");
 }
 
-/* ---- threads and signals ------------------------------------------------- */
+/* ---- threads and signals ----------------------------------------------- */
 
 struct thread {
 	struct machine	*m;
@@ -667,7 +667,7 @@ test_zap(void)
 	tap_done("guest: deleting a slot stops a running writer");
 }
 
-/* ---- death ------------------------------------------------------------------ */
+/* ---- death ------------------------------------------------------------- */
 
 static long
 pinned_pages(void)
@@ -739,7 +739,7 @@ test_kill(void)
 	tap_done("host: kill -9 in every state leaves no page pinned");
 }
 
-/* ---- measuring ----------------------------------------------------------------- */
+/* ---- measuring --------------------------------------------------------- */
 
 static double
 now(void)

@@ -16,6 +16,5 @@ done
 for f in "$top"/core/*.c "$top"/x86/*.c "$top"/x86/*.S; do
 	b=$(basename "$f"); objs="$objs ${b%.*}"
 done
-[ -e "$out/k/lapic.c" ] && objs=$(echo " $objs " | sed 's/ vmk_irq_none / /')
 make -s -C "$kdir" M="$out/k" VMK_OBJS="$objs" modules
 cp "$out/k/vmk_kvm.ko" "$out/"

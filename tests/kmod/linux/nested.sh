@@ -129,7 +129,7 @@ boot() {			# name, command...
 	$b timeout -s KILL 240 "$@" </dev/null >/tmp/log 2>&1
 	$b grep -q 'inner: slept, x86_64' /tmp/log
 	st=$?
-	[ $st = 0 ] || $b tail -n 30 /tmp/log | $b sed 's/^/# /'
+	[ $st = 0 ] || $b grep -v "host doesn.t support" /tmp/log | $b tail -n 30 | $b sed 's/^/# /'
 	result $st "$name: $($b grep -o 'inner: up.*' /tmp/log | $b tr -d '\r')"
 }
 
