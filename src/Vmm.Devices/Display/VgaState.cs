@@ -137,6 +137,7 @@ internal sealed class VgaState
         Dispi[DispiXRes] = 640;
         Dispi[DispiYRes] = 480;
         Dispi[DispiBpp] = 8;
+        FixDispi();
         Touch();
     }
 

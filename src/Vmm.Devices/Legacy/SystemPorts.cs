@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: BSD-2-Clause
+using System;
 using System.Threading;
 using Vmm.Core;
 
@@ -183,6 +184,84 @@ public sealed class PvPanic : IRegisterWindow
         else if ((value & 4) != 0)
         {
             _system.Request(SystemRequest.GuestShutdown, "pvpanic");
+        }
+    }
+}
+
+/// <summary>
+/// The "pc-testdev" of kvm-unit-tests: 24 bytes of ports that drive interrupt lines (0x2000), 8 bytes of ports that
+/// read back what was written (0xE0), and a page of registers that does the same (0xFF000000).
+/// </summary>
+public sealed class PcTestDevice : IRegisterWindow
+{
+    /// <summary>First port of the interrupt lines.</summary>
+    public const ushort IrqPort = 0x2000;
+
+    /// <summary>First port of the echo registers.</summary>
+    public const ushort EchoPort = 0xE0;
+
+    /// <summary>Address of the echo page.</summary>
+    public const ulong EchoAddress = 0xFF00_0000;
+
+    private readonly IIrqLine[] _lines;
+
+    /// <summary>Makes the device.</summary>
+    /// <param name="lines">One wire per global system interrupt, at most 24.</param>
+    public PcTestDevice(IIrqLine[] lines)
+    {
+        ArgumentNullException.ThrowIfNull(lines);
+        _lines = lines;
+        EchoPorts = new Echo(8);
+        EchoPage = new Echo(4096);
+    }
+
+    /// <summary>Ports for <see cref="EchoPort"/>.</summary>
+    public IRegisterWindow EchoPorts { get; }
+
+    /// <summary>Registers for <see cref="EchoAddress"/>.</summary>
+    public IRegisterWindow EchoPage { get; }
+
+    /// <inheritdoc/>
+    public uint Length => (uint)_lines.Length;
+
+    /// <inheritdoc/>
+    public ulong Read(uint offset, AccessWidth width) => 0;
+
+    /// <inheritdoc/>
+    public void Write(uint offset, AccessWidth width, ulong value) => _lines[offset].Set((value & 0xFF) != 0);
+
+    private sealed class Echo : IRegisterWindow
+    {
+        private readonly Lock _gate = new();
+        private readonly byte[] _bytes;
+
+        public Echo(int length) => _bytes = new byte[length];
+
+        public uint Length => (uint)_bytes.Length;
+
+        public ulong Read(uint offset, AccessWidth width)
+        {
+            lock (_gate)
+            {
+                ulong value = 0;
+                for (uint i = 0; i < (uint)width; i++)
+                {
+                    value |= (ulong)_bytes[offset + i] << (int)(8 * i);
+                }
+
+                return value;
+            }
+        }
+
+        public void Write(uint offset, AccessWidth width, ulong value)
+        {
+            lock (_gate)
+            {
+                for (uint i = 0; i < (uint)width; i++)
+                {
+                    _bytes[offset + i] = (byte)(value >> (int)(8 * i));
+                }
+            }
         }
     }
 }

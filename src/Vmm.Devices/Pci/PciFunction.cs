@@ -322,6 +322,14 @@ public abstract class PciFunction : IDevice
             return;
         }
 
+        for (int i = 0; i < length; i++)
+        {
+            if (IsConfigLocked(offset + i))
+            {
+                return;
+            }
+        }
+
         lock (_gate)
         {
             for (int i = 0; i < length; i++)
@@ -530,6 +538,9 @@ public abstract class PciFunction : IDevice
     protected virtual void OnConfigReading(int offset, int length)
     {
     }
+
+    /// <summary>Whether a register of the card refuses writes at the moment (a lock bit).</summary>
+    protected virtual bool IsConfigLocked(int offset) => false;
 
     /// <summary>A guest has written these bytes. Called on its thread, without the gate.</summary>
     protected virtual void OnConfigWritten(int offset, int length)
