@@ -36,6 +36,7 @@ internal static class CpuFeature
     public const ulong Ffxsr = 1UL << 23;
     public const ulong Vme = 1UL << 24;
     public const ulong Page1G = 1UL << 25;
+    public const ulong AutoIbrs = 1UL << 26;
 }
 
 /// <summary>
@@ -112,8 +113,9 @@ internal static class CpuidTable
         Add(leaves, 0x80000005, 0xFF40FF40, 0xFF40FF40, 0x20080140, 0x20080140);
         Add(leaves, 0x80000006, 0x48002200, 0x68004200, 0x02006140, 0x01009140);
         Add(leaves, 0x80000007, 0, 0, 0, Bits(8));                   // invariant TSC
-        Add(leaves, 0x80000008, PhysicalBits | (57U << 8), Bits(0, 2), 0, 0);
-        Add(leaves, 0x80000021, Bits(0, 2, 6), 0, 0, 0);             // no nested breakpoints, LFENCE serialises, null selector clears base
+        Add(leaves, 0x80000008, PhysicalBits | (57U << 8), Bits(2, 26, 29), 0, 0);  // XSAVEERPTR, no SSB, no BTC
+        Add(leaves, 0x80000021, Bits(0, 2, 6, 8, 29), 0, Bits(1, 2), 0);
+        // ^ no nested breakpoints, LFENCE serialises, null selector clears base, automatic IBRS, no SRSO, no TSA
         return leaves;
     }
 
@@ -125,6 +127,7 @@ internal static class CpuidTable
         CpuidEntry xsave = find(0xD, 1);
         CpuidEntry extended = find(0x80000001, 0);
         CpuidEntry eight = find(0x80000008, 0);
+        CpuidEntry twentyOne = find(0x80000021, 0);
         ulong features = 0;
         Set(ref features, CpuFeature.LongMode, extended.Edx, 29);
         Set(ref features, CpuFeature.NoExecute, extended.Edx, 20);
@@ -147,6 +150,7 @@ internal static class CpuidTable
         Set(ref features, CpuFeature.Pcid, one.Ecx, 17);
         Set(ref features, CpuFeature.Xsave, one.Ecx, 26);
         Set(ref features, CpuFeature.Avx, one.Ecx, 28);
+        Set(ref features, CpuFeature.AutoIbrs, twentyOne.Eax, 8);
         Set(ref features, CpuFeature.Vme, one.Edx, 1);
         Set(ref features, CpuFeature.Sep, one.Edx, 11);
         Set(ref features, CpuFeature.Xsaveopt, xsave.Eax, 0);
@@ -163,6 +167,7 @@ internal static class CpuidTable
         bits |= (features & CpuFeature.Syscall) != 0 ? Efer.Sce : 0;
         bits |= (features & CpuFeature.LongMode) != 0 ? Efer.Lme : 0;
         bits |= (features & CpuFeature.NoExecute) != 0 ? Efer.Nxe : 0;
+        bits |= (features & CpuFeature.AutoIbrs) != 0 ? Efer.AutoIbrs : 0;
         return bits;
     }
 

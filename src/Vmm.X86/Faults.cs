@@ -163,6 +163,7 @@ internal static class Efer
     public const ulong Nxe = 1UL << 11;
     public const ulong Svme = 1UL << 12;
     public const ulong Ffxsr = 1UL << 14;
+    public const ulong AutoIbrs = 1UL << 21;
 }
 
 /// <summary>RFLAGS bits.</summary>

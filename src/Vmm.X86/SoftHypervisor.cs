@@ -43,6 +43,7 @@ public sealed class SoftHypervisor : IHypervisor
         ReadOnlyMemory = true,
         FastKernelCode = true,
         TscKhz = TscKhz,
+        UserApicMsrs = true,
     };
 
     /// <inheritdoc/>

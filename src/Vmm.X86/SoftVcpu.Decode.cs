@@ -21,6 +21,9 @@ public sealed unsafe partial class SoftVcpu
     private bool _softwareInterrupt;
     private int _youngTries;
 
+    /// <summary>False: every instruction is fetched and decoded anew.</summary>
+    internal bool CachesCode { get; set; } = true;
+
     /// <summary>INT n and SYSCALL were executed: no single-step trap follows.</summary>
     internal void SuppressTrap() => _softwareInterrupt = true;
 
@@ -195,8 +198,8 @@ public sealed unsafe partial class SoftVcpu
         int inPage = 4096 - (int)(physical & Mem.PageOffset);
         int window = Math.Min(inPage, WindowBytes);
         byte* bytes = (byte*)Unsafe.AsPointer(ref _window[0]);
-        bool cached = host != null;
-        if (cached)
+        bool cached = host != null && CachesCode;
+        if (host != null)
         {
             Unsafe.CopyBlockUnaligned(bytes, host, (uint)window);
         }

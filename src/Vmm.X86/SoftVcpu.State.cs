@@ -175,5 +175,9 @@ public sealed unsafe partial class SoftVcpu
         state.ApicBase = _interrupts.ApicBase;
         state.Activity = Index == 0 ? ActivityState.Running : ActivityState.WaitForInit;
         WriteState(state);
+
+        // The TSC counts at the P0 frequency (HWCR.TscFreqSel), and LFENCE serialises (DE_CFG bit 1).
+        _cpu->Msr.HwCr = 1 << 24;
+        _cpu->Msr.DeCfg = 2;
     }
 }
