@@ -30,6 +30,7 @@ public sealed unsafe class SoftVm : IVm
         Thunks = thunks;
         TscKhz = tscKhz;
         Shared = (VmShared*)NativeMemory.AllocZeroed((nuint)sizeof(VmShared));
+        Shared->CompareExchange16 = thunks is null ? 0 : thunks.AddRoutine(Wide.Routine);
         Shared->Code = (CodeInfo*)NativeMemory.AllocZeroed((nuint)sizeof(CodeInfo), VmShared.CodeEntries);
         Shared->Slots = (SlotTable*)NativeMemory.AllocZeroed((nuint)sizeof(SlotTable));
     }

@@ -102,6 +102,9 @@ internal unsafe struct VmShared
     /// <summary>vCPUs made.</summary>
     public int Vcpus;
 
+    /// <summary>Wide.Routine in executable memory.</summary>
+    public nint CompareExchange16;
+
     /// <summary>Counts decodings on behalf of cross-modification checks (BlockCache.cs).</summary>
     public long Epoch;
 }

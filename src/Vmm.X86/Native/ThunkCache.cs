@@ -139,6 +139,27 @@ internal sealed unsafe class ThunkCache : IDisposable
     /// <summary>Bytes of code memory used.</summary>
     public int UsedBytes => _used;
 
+    /// <summary>
+    /// Writes a routine of its own into code memory.
+    /// </summary>
+    /// <returns>Its address, or 0 when code memory is exhausted.</returns>
+    public nint AddRoutine(ReadOnlySpan<byte> bytes)
+    {
+        lock (_gate)
+        {
+            int length = (bytes.Length + 15) & ~15;
+            if (length > _code.LengthBytes - _used)
+            {
+                return 0;
+            }
+
+            bytes.CopyTo(new Span<byte>((byte*)_code.WriteAddress + _used, bytes.Length));
+            nint entry = _code.ExecuteAddress + _used;
+            _used += length;
+            return entry;
+        }
+    }
+
     /// <summary>Finds or makes the thunk for a decoded instruction.</summary>
     /// <returns>Null when code memory is exhausted or the form cannot be encoded.</returns>
     public Thunk* Get(in Instruction instruction)

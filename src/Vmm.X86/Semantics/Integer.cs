@@ -1485,6 +1485,11 @@ internal static unsafe class Misc
 
     public static Status Cmpxchg16b(CpuContext* cpu, Insn* insn)
     {
+        if (cpu->Shared->CompareExchange16 == 0)
+        {
+            return Faults.Ud(cpu);
+        }
+
         if (!Mem.Address(cpu, insn, 16, true, out ulong linear))
         {
             return Status.Fault;
