@@ -714,11 +714,19 @@ internal static unsafe class Binder
                 return true;
             case Mnemonic.Nop:
             case Mnemonic.Reservednop:
+                // 0F 0D is PREFETCH, which wants memory on AMD's processors.
+                bool isPrefetch = instruction.Code is Code.Reservednop_rm16_r16_0F0D
+                    or Code.Reservednop_rm32_r32_0F0D or Code.Reservednop_rm64_r64_0F0D;
+                insn->Handler = isPrefetch && (insn->Flags & InsnFlags.HasMemory) == 0 ? &Misc.Ud : &Misc.Nop;
+                return true;
             case Mnemonic.Endbr32:
             case Mnemonic.Endbr64:
             case Mnemonic.Prefetch:
             case Mnemonic.Prefetchw:
             case Mnemonic.Prefetchwt1:
+            case Mnemonic.Cldemote:
+            case Mnemonic.Prefetchit0:
+            case Mnemonic.Prefetchit1:
             case Mnemonic.Prefetchnta:
             case Mnemonic.Prefetcht0:
             case Mnemonic.Prefetcht1:

@@ -516,8 +516,18 @@ internal static unsafe class Paging
             return true;
         }
 
-        int mask = length is 2 or 4 or 8 ? length - 1 : length is 16 or 32 or 10 ? 7 : 0;
-        if (((int)linear & mask) != 0 && AlignmentChecked(cpu))
+        // SDM 3A table 6-7; x87 environments and states by their width, 80-bit operands by their significand, 32-byte
+        // operands by their halves.
+        int mask = length switch
+        {
+            2 or 4 or 8 or 16 => length - 1,
+            32 => 15,
+            10 => 7,
+            14 or 94 => 1,
+            28 or 108 => 3,
+            _ => 0,
+        };
+        if (((int)linear & mask) != 0 && AlignmentChecked(cpu) && IsCanonical(cpu, linear))
         {
             Faults.Ac(cpu);
             return false;

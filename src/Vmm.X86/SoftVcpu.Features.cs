@@ -64,6 +64,11 @@ public sealed unsafe partial class SoftVcpu
             case CpuidFeature.PAUSE:
             case CpuidFeature.RDPMC:
             case CpuidFeature.CET_IBT:
+
+            // Hints that processors without the feature execute as no operation.
+            case CpuidFeature.PREFETCHWT1:
+            case CpuidFeature.PREFETCHITI:
+            case CpuidFeature.CLDEMOTE:
                 return true;
             case CpuidFeature.X64:
                 return BitX1D(29);

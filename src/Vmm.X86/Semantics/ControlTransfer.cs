@@ -187,7 +187,17 @@ internal readonly unsafe struct CallIndirect : IForm
             target = Reg.Get<T>(cpu, insn->R0);
         }
 
-        if (!ControlTransfer.CheckNear(cpu, target) || !Stack.Push<T>(cpu, Insn.NextAddress(cpu, insn)))
+        if (!ControlTransfer.CheckNear(cpu, target))
+        {
+            // What pushing would raise comes first.
+            FaultInfo fault = cpu->Fault;
+            bool canPush = cpu->Mode != ProcessorMode.Long ||
+                Mem.ProbeWrite(cpu, cpu->Rsp - (uint)sizeof(T), sizeof(T));
+            cpu->Fault = canPush ? fault : cpu->Fault;
+            return Status.Fault;
+        }
+
+        if (!Stack.Push<T>(cpu, Insn.NextAddress(cpu, insn)))
         {
             return Status.Fault;
         }
@@ -310,20 +320,8 @@ internal readonly unsafe struct PushSeg : IForm
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
+        // Zero-extended, as AMD's processors do; Intel's write the low word of a doubleword only (SDM 2B, PUSH).
         ulong selector = CpuContext.Segment(cpu, insn->R0)->Selector;
-        if (sizeof(T) == 4)
-        {
-            // Only the low word is written (SDM 2B, PUSH).
-            ulong offset = (cpu->Rsp - 4) & cpu->StackMask;
-            if (!Stack.Write<ushort>(cpu, offset, selector))
-            {
-                return Status.Fault;
-            }
-
-            Stack.SetPointer(cpu, offset);
-            return Status.Next;
-        }
-
         return Stack.Push<T>(cpu, selector) ? Status.Next : Status.Fault;
     }
 }
@@ -379,7 +377,9 @@ internal readonly unsafe struct PopA : IForm
         where T : unmanaged
     {
         ulong* values = stackalloc ulong[8];
-        for (int i = 0; i < 8; i++)
+
+        // In the order of addresses, which decides what a page fault reports.
+        for (int i = 7; i >= 0; i--)
         {
             if (!Stack.Peek<T>(cpu, (uint)(7 - i) * (uint)sizeof(T), out values[i]))
             {

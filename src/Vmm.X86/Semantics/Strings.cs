@@ -439,14 +439,16 @@ internal readonly unsafe struct InsForm : IForm
     {
         bool repeated = Strings.IsRepeated(insn);
         ulong count = repeated ? Strings.Count(cpu, insn) : 1;
-        if (count == 0)
-        {
-            return Status.Next;
-        }
 
+        // The permission is checked even for a count of zero.
         if (!PortIo.Allowed(cpu, (ushort)cpu->Rdx, sizeof(T)))
         {
             return Status.Fault;
+        }
+
+        if (count == 0)
+        {
+            return Status.Next;
         }
 
         ulong budget = Strings.Budget(cpu, Strings.SlowBatch);
@@ -487,14 +489,16 @@ internal readonly unsafe struct OutsForm : IForm
     {
         bool repeated = Strings.IsRepeated(insn);
         ulong count = repeated ? Strings.Count(cpu, insn) : 1;
-        if (count == 0)
-        {
-            return Status.Next;
-        }
 
+        // The permission is checked even for a count of zero.
         if (!PortIo.Allowed(cpu, (ushort)cpu->Rdx, sizeof(T)))
         {
             return Status.Fault;
+        }
+
+        if (count == 0)
+        {
+            return Status.Next;
         }
 
         ulong budget = Strings.Budget(cpu, Strings.SlowBatch);

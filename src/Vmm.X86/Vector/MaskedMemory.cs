@@ -42,7 +42,7 @@ internal static unsafe class MaskedMemory
         Register vector = isStore ? instruction.Op2Register : instruction.Op0Register;
         insn->OperandSize = (byte)(isQword ? 8 : 4);
         insn->Immediate = (vector.IsYMM() ? 32u : 16u) / insn->OperandSize;
-        insn->Handler = isStore ? &MaskedStore : &MaskedLoad;
+        insn->Handler = isStore ? &Vmaskstore : &Vmaskload;
     }
 
     private static void BindByteMasked(in Instruction instruction, Insn* insn)
@@ -80,7 +80,29 @@ internal static unsafe class MaskedMemory
         insn->Immediate = (uint)(indices < elements ? indices : elements);
         insn->Aux = (void*)(nint)(hasQwordIndex ? 1 : 0);
         insn->Index = CpuContext.ZeroOffset;
-        insn->Handler = &Gather;
+        insn->Handler = &Vgather;
+    }
+
+    private static Status Vmaskload(CpuContext* cpu, Insn* insn) => WithoutAlignmentCheck(cpu, insn, &MaskedLoad);
+
+    private static Status Vmaskstore(CpuContext* cpu, Insn* insn) => WithoutAlignmentCheck(cpu, insn, &MaskedStore);
+
+    private static Status Vgather(CpuContext* cpu, Insn* insn) => WithoutAlignmentCheck(cpu, insn, &Gather);
+
+    // Elements are not subject to #AC (the manuals allow either; processors do not check). The check is in force while
+    // the empty TLB is selected, so the user's own stands in for it.
+    private static Status WithoutAlignmentCheck(
+        CpuContext* cpu, Insn* insn, delegate*<CpuContext*, Insn*, Status> body)
+    {
+        TlbEntry* selected = cpu->Tlb;
+        if (selected == cpu->Tlbs + ((int)MmuMode.Empty * TlbEntry.Count) && Paging.AlignmentChecked(cpu))
+        {
+            cpu->Tlb = cpu->Tlbs + ((int)MmuMode.User * TlbEntry.Count);
+        }
+
+        Status status = body(cpu, insn);
+        cpu->Tlb = selected;
+        return status;
     }
 
     // Element addresses in a register: the upper half of a YMM lies elsewhere.
@@ -180,7 +202,24 @@ internal static unsafe class MaskedMemory
         return StoreBytes(cpu, insn, 8);
     }
 
+    // #AC is by quadwords here, whatever is selected.
     private static Status StoreBytes(CpuContext* cpu, Insn* insn, int count)
+    {
+        if (Paging.AlignmentChecked(cpu) &&
+            (!ElementAddress(cpu, insn, 0, count, write: true, out ulong linear) ||
+            ((linear & 7) != 0 && Paging.IsCanonical(cpu, linear))))
+        {
+            return Faults.Ac(cpu);
+        }
+
+        return WithoutAlignmentCheck(cpu, insn, count == 8 ? &Store8 : &Store16);
+    }
+
+    private static Status Store8(CpuContext* cpu, Insn* insn) => StoreSelected(cpu, insn, 8);
+
+    private static Status Store16(CpuContext* cpu, Insn* insn) => StoreSelected(cpu, insn, 16);
+
+    private static Status StoreSelected(CpuContext* cpu, Insn* insn, int count)
     {
         byte* from = (byte*)cpu + insn->R1;
         byte* mask = (byte*)cpu + insn->R2;

@@ -85,6 +85,11 @@ internal static unsafe class VectorUnit
             }
         }
 
+        // From memory to a general register: no vector register among the operands.
+        isVector |= code.Mnemonic() is Mnemonic.Cvtss2si or Mnemonic.Cvttss2si or Mnemonic.Cvtsd2si
+            or Mnemonic.Cvttsd2si or Mnemonic.Vcvtss2si or Mnemonic.Vcvttss2si or Mnemonic.Vcvtsd2si
+            or Mnemonic.Vcvttsd2si;
+
         EncodingKind encoding = instruction.OpCode.Encoding;
         if (!isVector || encoding is not (EncodingKind.Legacy or EncodingKind.VEX))
         {
@@ -363,6 +368,23 @@ internal static unsafe class VectorUnit
         byte* memory = VectorScratch.Of(cpu)->Memory;
         Status status = RunFloat(cpu, thunk, memory, c + insn->R1, c + insn->R2, c + (ushort)insn->Immediate);
         return status != Status.Next || Mem.WriteBytes(cpu, linear, memory, size) ? status : Status.Fault;
+    }
+
+    /// <summary>
+    /// #GP for a misaligned area of FXSAVE and XSAVE, or #AC where that is enabled and not even doublewords are aligned;
+    /// one on the stack that is not canonical either raises #SS.
+    /// </summary>
+    public static Status Misaligned(CpuContext* cpu, ulong linear)
+    {
+        bool isCanonical = cpu->Mode != ProcessorMode.Long || Paging.IsCanonical(cpu, linear);
+        if (isCanonical && (linear & 3) != 0 && Paging.AlignmentChecked(cpu))
+        {
+            return Faults.Ac(cpu);
+        }
+
+        Faults.Gp(cpu);
+        cpu->Fault.NonCanonical = !isCanonical;
+        return Status.Fault;
     }
 
     /// <summary>Finds the bytes of a memory operand that is read, or raises and answers null.</summary>

@@ -62,7 +62,7 @@ internal static unsafe class XsaveUnit
 
         if ((linear & 15) != 0)
         {
-            return Faults.Gp(cpu);
+            return VectorUnit.Misaligned(cpu, linear);
         }
 
         byte* image = stackalloc byte[XsaveLayout.LegacyEnd];
@@ -90,7 +90,7 @@ internal static unsafe class XsaveUnit
 
         if ((linear & 15) != 0)
         {
-            return Faults.Gp(cpu);
+            return VectorUnit.Misaligned(cpu, linear);
         }
 
         byte* image = stackalloc byte[512];
@@ -164,7 +164,7 @@ internal static unsafe class XsaveUnit
 
         if ((linear & 63) != 0)
         {
-            Faults.Gp(cpu);
+            VectorUnit.Misaligned(cpu, linear);
             return false;
         }
 
