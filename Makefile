@@ -14,7 +14,7 @@ mandir = $(DESTDIR)$(PREFIX)/share/man
 sharedir = $(DESTDIR)$(PREFIX)/share/vmm
 exampledir = $(DESTDIR)$(PREFIX)/share/examples/vmm
 
-.PHONY: help all run test check bench fmt clean install uninstall deb kmod fuzz setup \
+.PHONY: help all run test check bench fmt clean install uninstall deb kmod fuzz fuzz-cpu setup \
 	test-soft test-kvm test-svm test-vmx test-kmod test-freebsd test-illumos demo-fleet
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo 'make check      formats, linters, rules of the house'
 	@echo 'make bench      measure; table on the terminal and out/bench.json'
 	@echo 'make fuzz       fuzz for a bounded time'
+	@echo 'make fuzz-cpu   compare the software processor with this one, 10 million times'
 	@echo 'make kmod       build the kernel module for this host'
 	@echo 'make install    to $$(DESTDIR)$$(PREFIX), which is $(DESTDIR)$(PREFIX); `make uninstall` takes it away'
 	@echo 'make deb        a Debian package in out/'
@@ -57,6 +58,9 @@ bench:
 
 fuzz:
 	@tests/run fuzz
+
+fuzz-cpu:
+	@tests/run fuzz-cpu
 
 test-soft:
 	@tests/run soft

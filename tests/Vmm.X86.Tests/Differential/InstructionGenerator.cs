@@ -98,7 +98,7 @@ internal sealed class InstructionGenerator
 
         // Makers differ in whether an operand size prefix counts for near branches in 64-bit mode, and UD0 has or has not
         // a ModRM byte: Iced decodes another code than was encoded.
-        bool isAmbiguous = code is Code.Retnw or Code.Retnw_imm16 or Code.Call_rm16 or Code.Jmp_rm16;
+        bool isAmbiguous = code is Code.Movsxd_r16_rm16 or Code.Retnw or Code.Retnw_imm16 or Code.Call_rm16 or Code.Jmp_rm16;
         if (code == Code.Ud0 || (_bitness == 64 && isAmbiguous))
         {
             return false;
@@ -153,6 +153,12 @@ internal sealed class InstructionGenerator
         }
 
         bool hasMemory = memory is not null;
+        bool countsInCl = code is Code.Shld_rm16_r16_CL or Code.Shrd_rm16_r16_CL;
+        if (countsInCl && hasMemory && (memory!.Value.Base.GetNumber() == 1 || memory.Value.Index.GetNumber() == 1))
+        {
+            return null;
+        }
+
         if (hasMemory && info.CanUseLockPrefix && instruction.Op0Kind == OpKind.Memory)
         {
             instruction.HasLockPrefix = _random.Next(2) == 0;
@@ -351,7 +357,8 @@ internal sealed class InstructionGenerator
         }
         else
         {
-            ins.Immediate8 = value;
+            bool isDoubleShift = ins.Mnemonic is Mnemonic.Shld or Mnemonic.Shrd;
+            ins.Immediate8 = isDoubleShift ? (byte)(value & ~0x10) : value;
         }
     }
 

@@ -87,6 +87,13 @@ internal sealed class ProgramGenerator
             items.Add(item);
             bytes.AddRange(item.Bytes);
             undefined |= Flags(item.Instruction.RflagsUndefined);
+            if (item.Instruction.Mnemonic is Mnemonic.Rcl or Mnemonic.Rcr or Mnemonic.Rol or Mnemonic.Ror)
+            {
+                // OF is defined for a count of one alone (SDM 2B, RCL), whatever the count is modulo the size.
+                const ulong Overflow = 0x800;
+                undefined |= item.Instruction.Op1Kind == OpKind.Immediate8 && item.Instruction.Immediate8 == 1
+                    ? 0 : Overflow;
+            }
             foreach (UsedRegister used in info.GetUsedRegisters())
             {
                 if (used.Access is not (OpAccess.Read or OpAccess.CondRead))
@@ -95,7 +102,11 @@ internal sealed class ProgramGenerator
                 }
             }
 
-            if (item.Instruction.FlowControl != FlowControl.Next)
+            // The count of a 16-bit double shift is kept below 16 by CL's value, which a follower might steer elsewhere,
+            // and what FXSAVE stores differs in MXCSR_MASK, which a follower might read.
+            bool standsAlone = item.Instruction.Code is Code.Shld_rm16_r16_CL or Code.Shrd_rm16_r16_CL
+                or Code.Fxsave_m512byte or Code.Fxsave64_m512byte;
+            if (item.Instruction.FlowControl != FlowControl.Next || standsAlone)
             {
                 break;
             }
@@ -139,7 +150,8 @@ internal sealed class ProgramGenerator
         // Counts of string instructions, bit offsets and indirect targets are steered too; POP and friends move RSP.
         Instruction ins = item.Instruction;
         return !ins.IsStringInstruction && ins.FlowControl == FlowControl.Next && !ins.IsStackInstruction
-            && ins.Mnemonic is not (Mnemonic.Bt or Mnemonic.Bts or Mnemonic.Btr or Mnemonic.Btc or Mnemonic.Enter
+            && ins.Mnemonic is not (Mnemonic.Fxsave or Mnemonic.Fxsave64 or Mnemonic.Fnsave or Mnemonic.Fnstenv
+                or Mnemonic.Shld or Mnemonic.Shrd or Mnemonic.Bt or Mnemonic.Bts or Mnemonic.Btr or Mnemonic.Btc or Mnemonic.Enter
                 or Mnemonic.Leave or Mnemonic.Maskmovq or Mnemonic.Maskmovdqu or Mnemonic.Vmaskmovdqu);
     }
 

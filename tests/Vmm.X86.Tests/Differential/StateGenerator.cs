@@ -80,7 +80,8 @@ internal unsafe struct StateGenerator
 
         image->Gpr[4] = NativeCpu.DataBase + 0x800 + (ulong)(_draw.Next(0x80) * 8) + (_draw.OneIn(16) ? 3UL : 0);
         const ulong Arithmetic = 0x8D5;
-        image->Rflags = (_draw.Next() & Arithmetic) | 0x202 | (_draw.OneIn(4) ? 0x400UL : 0);
+        image->Rflags = (_draw.Next() & Arithmetic) | 0x202 | (_draw.OneIn(4) ? 0x400UL : 0)
+            | (_draw.OneIn(24) ? 0x40000UL : 0);
         FillVector(image);
         foreach (GeneratedInstruction item in program)
         {
@@ -160,7 +161,7 @@ internal unsafe struct StateGenerator
             }
 
             case Mnemonic.Jmp or Mnemonic.Call when ins.OpCount == 1 && ins.Op0Kind == OpKind.Register:
-                if (ins.Op0Register.GetSize() >= 4)
+                if (ins.Op0Register.GetSize() >= 4 && ins.Op0Register.GetNumber() != 4)
                 {
                     image->Gpr[ins.Op0Register.GetNumber()] = target;
                 }
@@ -175,6 +176,12 @@ internal unsafe struct StateGenerator
             case Mnemonic.Maskmovdqu or Mnemonic.Vmaskmovdqu or Mnemonic.Maskmovq:
                 image->Gpr[7] = DataAddress(16);
                 return;
+        }
+
+        if (ins.Mnemonic is Mnemonic.Shld or Mnemonic.Shrd)
+        {
+            // A count above the operand's size has undefined results.
+            image->Gpr[1] &= ~0x10UL;
         }
 
         if (ins.IsStringInstruction)
