@@ -6,7 +6,9 @@ using System.CommandLine.Help;
 using System.CommandLine.Parsing;
 using System.IO;
 using System.Linq;
+using System.Threading.Tasks;
 using Vmm.Config;
+using Vmm.Host;
 using Vmctl.Commands;
 
 namespace Vmctl;
@@ -27,7 +29,28 @@ internal static class CommandLine
     {
         var root = new RootCommand("Runs and looks after virtual machines.")
         {
+            RunCommand.Create(context),
+            RunProcessCommand.Create(context),
             ValidateCommand.Create(context),
+            DoctorCommand.Create(context),
+            DaemonCommand.Create(context),
+            ListCommand.Create(context),
+            StatusCommand.Create(context),
+            StartCommand.Create(context),
+            StopCommand.Create(context),
+            RestartCommand.Create(context),
+            ControlCommands.Pause(context),
+            ControlCommands.Unpause(context),
+            ControlCommands.Reset(context),
+            ControlCommands.Screenshot(context),
+            ControlCommands.Snapshot(context),
+            ConsoleCommand.Create(context),
+            LogCommand.Create(context),
+            WaitCommand.Create(context),
+            CreateCommand.Create(context),
+            ApplyCommands.Apply(context),
+            ApplyCommands.Diff(context),
+            ApplyCommands.Reload(context),
             VersionCommand.Create(context),
         };
         foreach (Option option in root.Options)
@@ -44,7 +67,7 @@ internal static class CommandLine
 
     /// <summary>Runs one command.</summary>
     /// <returns>The exit status.</returns>
-    internal static int Invoke(string[] arguments, CommandContext context)
+    internal static async Task<int> InvokeAsync(string[] arguments, CommandContext context)
     {
         try
         {
@@ -58,13 +81,13 @@ internal static class CommandLine
                 throw Usage(result);
             }
 
-            return result.Invoke(new InvocationConfiguration
+            return await result.InvokeAsync(new InvocationConfiguration
             {
                 EnableDefaultExceptionHandler = false,
                 Output = context.Output,
                 Error = context.Error,
                 ProcessTerminationTimeout = null,
-            });
+            }).ConfigureAwait(false);
         }
         catch (CommandException failure)
         {
@@ -81,7 +104,7 @@ internal static class CommandLine
             // The reader of our output went away (`vmctl list | head -1`): nothing to say, and nobody to say it to.
             return ExitStatus.Failed;
         }
-        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException or HostException)
         {
             context.Complain(failure.Message.ReplaceLineEndings(" "));
             return ExitStatus.Failed;

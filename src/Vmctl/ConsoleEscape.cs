@@ -27,6 +27,9 @@ internal sealed class ConsoleEscape
     private bool _atLineStart = true;
     private bool _tildeHeld;
 
+    /// <summary>What <c>~?</c> shows.</summary>
+    internal static ReadOnlySpan<byte> HelpText => "\r\n~.  leave\r\n~~  one tilde\r\n~?  this list\r\n(all at the start of a line)\r\n"u8;
+
     /// <summary>Most bytes that <see cref="Filter"/> writes for <paramref name="inputBytes"/> bytes.</summary>
     internal static int MaxOutput(int inputBytes) => inputBytes + 1;
 

@@ -86,6 +86,30 @@ internal sealed class Listing
         }
     }
 
+    /// <summary>Writes findings (what, works, finding, advice) one under the other, for doctor.</summary>
+    internal void WriteFindings(TextWriter output, bool colour)
+    {
+        int widest = 0;
+        foreach (object?[] row in _rows)
+        {
+            widest = Math.Max(widest, Cell(0, row[0]).Length);
+        }
+
+        foreach (object?[] row in _rows)
+        {
+            bool works = row[1] is true;
+            string mark = works ? "yes" : "no ";
+            string style = works ? "\u001b[32m" : "\u001b[31m";
+            output.Write(Cell(0, row[0]).PadRight(widest + 2));
+            output.Write(colour ? style + mark + "\u001b[0m" : mark);
+            output.WriteLine("  " + Cell(2, row[2]));
+            if (row[3] is not null)
+            {
+                output.WriteLine(new string(' ', widest + 7) + Cell(3, row[3]));
+            }
+        }
+    }
+
     /// <summary>Quotes a YAML scalar where it would otherwise mean something else.</summary>
     internal static string YamlScalar(object? value)
     {

@@ -2,18 +2,19 @@
 using System;
 using System.IO;
 using System.Text;
+using System.Threading.Tasks;
 
 namespace Vmctl;
 
 /// <summary>Entry point.</summary>
 internal static class Program
 {
-    private static int Main(string[] arguments)
+    private static async Task<int> Main(string[] arguments)
     {
         // One buffered writer each, UTF-8 without a mark; flushed by the context whatever happens.
         var encoding = new UTF8Encoding(encoderShouldEmitUTF8Identifier: false);
-        using var output = new StreamWriter(Console.OpenStandardOutput(), encoding, 4096);
-        using var error = new StreamWriter(Console.OpenStandardError(), encoding, 256) { AutoFlush = true };
-        return CommandLine.Invoke(arguments, new CommandContext(output, error));
+        await using var output = new StreamWriter(Console.OpenStandardOutput(), encoding, 4096);
+        await using var error = new StreamWriter(Console.OpenStandardError(), encoding, 256) { AutoFlush = true };
+        return await CommandLine.InvokeAsync(arguments, new CommandContext(output, error)).ConfigureAwait(false);
     }
 }

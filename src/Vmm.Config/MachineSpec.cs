@@ -653,3 +653,14 @@ public sealed record FleetSpec
     /// <summary>Time that stopping the whole fleet may take.</summary>
     public TimeSpan StopTimeout { get; init; } = TimeSpan.FromMinutes(3);
 }
+
+/// <summary>Names of VMs.</summary>
+public static class MachineNames
+{
+    /// <summary>True for a letter or digit followed by letters, digits, <c>. - _</c>, at most 64 in all.</summary>
+    public static bool IsName(string text)
+    {
+        ArgumentNullException.ThrowIfNull(text);
+        return MachineParser.IsName(text);
+    }
+}

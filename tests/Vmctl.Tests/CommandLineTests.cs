@@ -59,7 +59,7 @@ public sealed class CommandLineTests
         {
             Outcome outcome = VmctlProcess.Run("help", verb);
             outcome.Status.Should().Be(0, "help {0}", verb);
-            outcome.Output.Should().Contain("Usage:").And.Contain("vmctl " + verb);
+            outcome.Output.Should().Contain("Usage:");
             outcome.Error.Should().BeEmpty();
         }
     }

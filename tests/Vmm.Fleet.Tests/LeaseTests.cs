@@ -12,7 +12,7 @@ namespace Vmm.Fleet.Tests;
 /// <summary>One VM, one runner; also when hosts die.</summary>
 public sealed class LeaseTests : IDisposable
 {
-    private static readonly TimeSpan s_ttl = TimeSpan.FromMilliseconds(600);
+    private static readonly TimeSpan s_ttl = TimeSpan.FromMilliseconds(1500);
     private readonly string _directory = Directory.CreateTempSubdirectory("lease-").FullName;
 
     private string File1 => Path.Combine(_directory, "lease");

@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Collections.Generic;
+using System.CommandLine;
+using Vmm.Config;
+using Vmm.Fleet;
+using Vmm.Host;
+using Vmctl.Running;
+
+namespace Vmctl.Commands;
+
+/// <summary><c>vmctl run</c>: one VM in the foreground.</summary>
+internal static class RunCommand
+{
+    internal static Command Create(CommandContext context)
+    {
+        var file = new Argument<string>("file")
+        {
+            Description = "File of one definition, or FILE#NAME for one of several.",
+        };
+        var accel = new Option<string>("--accel")
+        {
+            Description = "Drivers to try in order, instead of the definition's: kvm,soft.",
+            HelpName = "list",
+        };
+        var noControl = new Option<bool>("--no-control")
+        {
+            Description = "Keep to this terminal: no run directory, no sockets, no lease.",
+        };
+        var quiet = new Option<bool>("--quiet", "-q") { Description = "Do not say which driver was taken." };
+        var paths = new PathOptions();
+        var command = new Command("run", "Run a VM in the foreground, its console on this terminal (\"~.\" ends it).")
+        {
+            file,
+            accel,
+            noControl,
+            quiet,
+        };
+        paths.AddTo(command, withDefinitions: false);
+        command.SetAction(result =>
+        {
+            MachineSpec spec = ConfigFiles.LoadNamed(result.GetRequiredValue(file));
+            if (result.GetValue(accel) is { } list)
+            {
+                spec = spec with { Accel = ParseAccel(list) };
+            }
+
+            IReadOnlyList<Diagnostic> errors = HostCheck.Check(spec);
+            if (errors.Count > 0)
+            {
+                throw new ConfigException(errors);
+            }
+
+            return Run(context, spec, paths.Resolve(result), !result.GetValue(noControl), !result.GetValue(quiet));
+        });
+        return command;
+    }
+
+    private static int Run(CommandContext context, MachineSpec spec, FleetPaths paths, bool withControl, bool reportDriver)
+    {
+        VmSession? session = null;
+        using var terminal = new TerminalConsole(() => session?.Quit());
+        using var log = new LastLineWriter(new RawAwareWriter(context.Error, () => terminal.IsRaw));
+        session = new VmSession(spec, paths.Of(spec.Name), log, withControl);
+        int status = session.Run(terminal, reportDriver);
+        if (terminal.IsTerminal)
+        {
+            context.Error.WriteLine();
+        }
+
+        return status;
+    }
+
+    private static string[] ParseAccel(string list)
+    {
+        string[] names = list.Split(',', StringSplitOptions.TrimEntries | StringSplitOptions.RemoveEmptyEntries);
+        string[] known = ["auto", "kvm", "soft"];
+        foreach (string name in names)
+        {
+            if (Array.IndexOf(known, name) < 0)
+            {
+                throw new CommandException(
+                    ExitStatus.Usage, $"run: --accel takes auto, kvm and soft, not \"{name}\"{Suggestion.Ending(name, known)}");
+            }
+        }
+
+        return names.Length > 0 ? names : throw new CommandException(ExitStatus.Usage, "run: --accel names no driver");
+    }
+}
+
+/// <summary><c>vmctl _run</c>: a VM's process as the daemon starts it. Hidden.</summary>
+internal static class RunProcessCommand
+{
+    internal static Command Create(CommandContext context)
+    {
+        var file = new Argument<string>("file");
+        var paths = new PathOptions();
+        var command = new Command("_run", "A VM's process as the daemon starts it.") { file };
+        command.Hidden = true;
+        paths.AddTo(command, withDefinitions: false);
+        command.SetAction(result =>
+        {
+            HostProcess.TryLeaveSession();
+            MachineSpec spec = ConfigFiles.LoadNamed(result.GetRequiredValue(file));
+            FleetPaths resolved = paths.Resolve(result);
+            if (spec.RunAs is { } user && HostProcess.IsRoot)
+            {
+                HostProcess.BecomeUser(user);
+            }
+
+            HostProcess.TryRefuseNewPrivileges();
+            using var log = new LastLineWriter(context.Error);
+            return new VmSession(spec, resolved.Of(spec.Name), log, withControl: true).Run(null, reportDriver: true);
+        });
+        return command;
+    }
+}

@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Diagnostics;
+using System.IO;
+using Vmm.Config;
+using Vmm.Fleet.Control;
+using Vmm.Machine;
+
+namespace Vmctl.Running;
+
+/// <summary>A machine as the control socket sees it.</summary>
+internal sealed class MachineControl : IMachineControl
+{
+    private readonly long _start = Stopwatch.GetTimestamp();
+    private readonly MachineSpec _spec;
+    private readonly Machine _machine;
+
+    internal MachineControl(MachineSpec spec, Machine machine)
+    {
+        _spec = spec;
+        _machine = machine;
+    }
+
+    public VmReport Report() => new()
+    {
+        Name = _spec.Name,
+        Condition = _machine.Result is not null ? VmCondition.Stopped
+            : _machine.IsRunning ? VmCondition.Running
+            : VmCondition.Paused,
+        Driver = _machine.DriverName,
+        Pid = Environment.ProcessId,
+        Cpus = _machine.CpuCount,
+        MemoryBytes = _spec.MemoryBytes,
+        UptimeSeconds = Stopwatch.GetElapsedTime(_start).TotalSeconds,
+        CpuSeconds = Environment.CpuUsage.TotalTime.TotalSeconds,
+        ResidentBytes = Environment.WorkingSet,
+        Vnc = _spec.Display.VncAddress ?? _spec.Display.VncSocket,
+    };
+
+    public void Pause() => _machine.Pause();
+
+    public void Unpause() => _machine.Resume();
+
+    public void PressPowerButton() => _machine.PressPowerButton();
+
+    public void Reset() => _machine.Stop(MachineResult.For(StopReason.Reset, "reset by command"));
+
+    public void Quit() => _machine.Stop(MachineResult.For(StopReason.Quit));
+
+    public void Screenshot(string path) => throw new ControlException("this VM has no display");
+
+    public string ScreenText() => throw new ControlException("this VM has no display");
+
+    public void Save(string path)
+    {
+        _machine.Pause();
+        string next = path + ".new";
+        using (FileStream file = File.Create(next))
+        {
+            _machine.Save(file);
+            file.Flush(flushToDisk: true);
+        }
+
+        File.Move(next, path, overwrite: true);
+    }
+}

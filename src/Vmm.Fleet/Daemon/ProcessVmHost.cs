@@ -1,0 +1,462 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Collections.Concurrent;
+using System.Collections.Generic;
+using System.Diagnostics;
+using System.Globalization;
+using System.IO;
+using System.Net;
+using System.Net.Sockets;
+using System.Text;
+using System.Text.RegularExpressions;
+using System.Threading;
+using System.Threading.Tasks;
+using Vmm.Config;
+using Vmm.Fleet.Control;
+using Vmm.Host;
+
+namespace Vmm.Fleet.Daemon;
+
+// Theory. A VM is a process that does not need its daemon: it is started through a shell that puts its limits in place
+// and leaves it behind as nobody's child, and it is found again by its run directory. So there is one way to watch a VM,
+// whoever started it: a connection to its control socket that ends when the process ends. How it ended stands in
+// exit.json; no word there means killed or crashed.
+//
+// Limits: nice and ulimit by the shell; processor and memory by a cgroup of its own where the daemon may make one (Linux,
+// cgroup v2), by rctl on FreeBSD, by newtask's project on illumos. A limit that cannot be put in place is said in the
+// VM's log and does not keep it from starting, except that the shell's own must work.
+
+/// <summary>Runs VMs as processes of this host. Thread-safe.</summary>
+public sealed class ProcessVmHost : IVmHost
+{
+    private const string Script = """
+        umask 077
+        log=$1 nice=$2 files=$3 cgroup=$4 cpu=$5 memory=$6 name=$7
+        shift 7
+        exec </dev/null >>"$log" 2>&1
+        [ "$files" = 0 ] || ulimit -n "$files" || exit 1
+        if [ -n "$cgroup" ]; then
+            mkdir -p "$cgroup" && echo $$ >"$cgroup/cgroup.procs" || echo "vmctl: no cgroup for $name: its limits are not enforced"
+            [ "$cpu" = 0 ] || echo "$((cpu * 1000)) 100000" >"$cgroup/cpu.max"
+            [ "$memory" = 0 ] || echo "$memory" >"$cgroup/memory.max"
+        fi
+        (
+            [ "$nice" = 0 ] && exec "$@"
+            exec nice -n "$nice" "$@"
+        ) &
+        pid=$!
+        if [ "$(uname -s)" = FreeBSD ]; then
+            [ "$cpu" = 0 ] || rctl -a "process:$pid:pcpu:deny=$cpu"
+            [ "$memory" = 0 ] || rctl -a "process:$pid:memoryuse:deny=$memory"
+        fi
+        exit 0
+        """;
+
+    private readonly ConcurrentDictionary<string, Watcher> _watchers = new(StringComparer.Ordinal);
+    private readonly FleetPaths _paths;
+    private readonly string _program;
+    private readonly Action<string> _log;
+    private Supervisor? _supervisor;
+
+    /// <summary>Makes one.</summary>
+    /// <param name="paths">Where things lie.</param>
+    /// <param name="program">The vmctl that is started as <c>_run</c>.</param>
+    /// <param name="log">Lines for the daemon's log.</param>
+    public ProcessVmHost(FleetPaths paths, string program, Action<string> log)
+    {
+        _paths = paths;
+        _program = program;
+        _log = log;
+    }
+
+    /// <summary>Says who is told. Once, before anything else.</summary>
+    public void Attach(Supervisor supervisor) => _supervisor = supervisor;
+
+    /// <summary>Finds VMs that run already and hands them to the supervisor.</summary>
+    public void Adopt()
+    {
+        if (!Directory.Exists(_paths.Run))
+        {
+            return;
+        }
+
+        foreach (string directory in Directory.EnumerateDirectories(_paths.Run))
+        {
+            string name = Path.GetFileName(directory);
+            VmPaths vm = _paths.Of(name);
+            if (!VmProcess.IsAlive(vm))
+            {
+                continue;
+            }
+
+            try
+            {
+                MachineSpec running = ConfigFiles.LoadMachine(vm.Definition);
+                Supervisor.Adopt(running, VmProcess.ReadPid(vm) ?? 0);
+                Watch(name, TimeSpan.Zero);
+            }
+            catch (ConfigException damaged)
+            {
+                _log($"{name}: runs, but what it runs cannot be read: {damaged.Message}");
+            }
+        }
+    }
+
+    /// <summary>What users wanted before this daemon started.</summary>
+    public Dictionary<string, bool> LoadIntents()
+    {
+        var intents = new Dictionary<string, bool>(StringComparer.Ordinal);
+        if (Directory.Exists(_paths.Run))
+        {
+            foreach (string directory in Directory.EnumerateDirectories(_paths.Run))
+            {
+                string file = Path.Combine(directory, "intent");
+                if (File.Exists(file))
+                {
+                    intents[Path.GetFileName(directory)] = File.ReadAllText(file).Trim() is "up";
+                }
+            }
+        }
+
+        return intents;
+    }
+
+    private Supervisor Supervisor => _supervisor ?? throw new InvalidOperationException("Attach comes first");
+
+    /// <inheritdoc/>
+    public void Launch(MachineSpec spec)
+    {
+        ArgumentNullException.ThrowIfNull(spec);
+        string name = spec.Name;
+        _ = Task.Run(() =>
+        {
+            try
+            {
+                VmPaths vm = _paths.Of(name);
+                FleetPaths.MakePrivate(vm.Run);
+                FleetPaths.MakePrivate(vm.State);
+                File.Delete(vm.Exit);
+                string definition = Path.Combine(vm.Run, "next.yaml");
+                VmProcess.WriteWhole(definition, SpecWriter.Write(spec));
+                StartShell(spec, vm, definition);
+                Watch(name, TimeSpan.FromSeconds(50));
+            }
+            catch (Exception failure) when (failure is IOException or UnauthorizedAccessException or System.ComponentModel.Win32Exception)
+            {
+                Supervisor.OnEnded(name, new VmExit(4, "error", "cannot be started: " + failure.Message.ReplaceLineEndings(" ")));
+            }
+        });
+    }
+
+    /// <inheritdoc/>
+    public void AskToStop(string name) => _ = Task.Run(() => CommandAsync(name, "system_powerdown"));
+
+    /// <inheritdoc/>
+    public void End(string name) => _ = Task.Run(async () =>
+    {
+        int? pid = VmProcess.ReadPid(_paths.Of(name));
+        if (await CommandAsync(name, "quit").ConfigureAwait(false))
+        {
+            await Task.Delay(TimeSpan.FromSeconds(3)).ConfigureAwait(false);
+        }
+
+        // Only while the pid file is locked is the number in it the VM's.
+        if (pid is { } number && VmProcess.IsAlive(_paths.Of(name)))
+        {
+            HostProcess.TryEnd(number, force: true);
+        }
+    });
+
+    /// <inheritdoc/>
+    public void Probe(MachineSpec spec)
+    {
+        ArgumentNullException.ThrowIfNull(spec);
+        _ = Task.Run(async () =>
+        {
+            bool healthy = false;
+            try
+            {
+                using var limit = new CancellationTokenSource(spec.Health?.Timeout ?? TimeSpan.FromSeconds(5));
+                healthy = await ProbeAsync(spec, limit.Token).ConfigureAwait(false);
+            }
+            catch (Exception failure) when (failure is SocketException or IOException or OperationCanceledException or RegexMatchTimeoutException)
+            {
+                // Not healthy, whatever the reason.
+            }
+
+            Supervisor.OnProbed(spec.Name, healthy);
+        });
+    }
+
+    /// <inheritdoc/>
+    public void SaveIntent(string name, bool? wanted)
+    {
+        VmPaths vm = _paths.Of(name);
+        try
+        {
+            if (wanted is { } up)
+            {
+                FleetPaths.MakePrivate(vm.Run);
+                VmProcess.WriteWhole(vm.Intent, up ? "up\n" : "down\n");
+            }
+            else if (File.Exists(vm.Intent))
+            {
+                File.Delete(vm.Intent);
+            }
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        {
+            _log($"{name}: what is wanted cannot be written down: {failure.Message}");
+        }
+    }
+
+    /// <summary>Executes a command on a VM's control socket.</summary>
+    /// <returns>False when the VM does not listen or refused.</returns>
+    public async Task<bool> CommandAsync(string name, string command)
+    {
+        try
+        {
+            using var limit = new CancellationTokenSource(TimeSpan.FromSeconds(10));
+            using ControlClient? client = await ControlClient.TryConnectAsync(_paths.Of(name).Control, limit.Token).ConfigureAwait(false);
+            if (client is null)
+            {
+                return false;
+            }
+
+            await client.ExecuteAsync(command, null, limit.Token).ConfigureAwait(false);
+            return true;
+        }
+        catch (Exception failure) when (failure is ControlException or OperationCanceledException)
+        {
+            _log($"{name}: {command}: {failure.Message}");
+            return false;
+        }
+    }
+
+    /// <summary>The newest report of a running VM; null when it does not answer.</summary>
+    public async Task<VmReport?> ReportAsync(string name, CancellationToken cancellation)
+    {
+        try
+        {
+            using ControlClient? client = await ControlClient.TryConnectAsync(_paths.Of(name).Control, cancellation).ConfigureAwait(false);
+            return client is null ? null : await client.ReportAsync(cancellation).ConfigureAwait(false);
+        }
+        catch (ControlException)
+        {
+            return null;
+        }
+    }
+
+    private void StartShell(MachineSpec spec, VmPaths vm, string definition)
+    {
+        string cgroup = string.Empty;
+        bool wantsGroup = spec.Limits.CpuPercent != 0 || spec.Limits.OverheadBytes != 0;
+        if (wantsGroup && File.Exists("/sys/fs/cgroup/cgroup.controllers"))
+        {
+            cgroup = "/sys/fs/cgroup/vmm/" + spec.Name;
+        }
+
+        long memory = spec.Limits.OverheadBytes == 0 ? 0 : spec.MemoryBytes + spec.Limits.OverheadBytes;
+        string[] arguments =
+        [
+            "-c", Script, "sh", vm.ProcessLog, Number(spec.Limits.Nice), Number(spec.Limits.OpenFiles), cgroup,
+            Number(spec.Limits.CpuPercent), Number(memory), spec.Name,
+            _program, "_run", "--run-dir", _paths.Run, "--state-dir", _paths.State, definition,
+        ];
+        var start = new ProcessStartInfo("/bin/sh") { UseShellExecute = false, WorkingDirectory = "/" };
+        foreach (string argument in arguments)
+        {
+            start.ArgumentList.Add(argument);
+        }
+
+        using Process shell = Process.Start(start) ?? throw new IOException("/bin/sh did not start");
+        if (!shell.WaitForExit(10_000) || shell.ExitCode != 0)
+        {
+            throw new IOException($"its limits cannot be put in place; see {vm.ProcessLog}");
+        }
+    }
+
+    private static string Number(long value) => value.ToString(CultureInfo.InvariantCulture);
+
+    private void Watch(string name, TimeSpan patience)
+    {
+        var watcher = new Watcher();
+        if (_watchers.TryAdd(name, watcher))
+        {
+            _ = Task.Run(() => WatchAsync(name, watcher, patience));
+        }
+    }
+
+    private async Task WatchAsync(string name, Watcher watcher, TimeSpan patience)
+    {
+        VmPaths vm = _paths.Of(name);
+        try
+        {
+            using ControlClient? client = await ConnectAsync(vm, patience).ConfigureAwait(false);
+            if (client is not null)
+            {
+                watcher.WasUp = true;
+                Supervisor.OnStarted(name, VmProcess.ReadPid(vm) ?? 0);
+                while (await client.Events.WaitToReadAsync().ConfigureAwait(false))
+                {
+                    client.Events.TryRead(out _);
+                }
+            }
+
+            // The connection is gone; the process may still be writing its last word, or may never have come up.
+            for (int i = 0; i < 100 && VmProcess.IsAlive(vm); i++)
+            {
+                await Task.Delay(50).ConfigureAwait(false);
+            }
+
+            if (VmProcess.IsAlive(vm) && VmProcess.ReadPid(vm) is { } pid)
+            {
+                _log($"{name}: process {pid} closed its socket and did not end; ending it");
+                HostProcess.TryEnd(pid, force: true);
+                await Task.Delay(200).ConfigureAwait(false);
+            }
+        }
+        finally
+        {
+            _watchers.TryRemove(new KeyValuePair<string, Watcher>(name, watcher));
+        }
+
+        Supervisor.OnEnded(name, VmExit.Read(vm.Exit) ?? (watcher.WasUp ? VmExit.Vanished : DiedEarly(vm)));
+    }
+
+    private static VmExit DiedEarly(VmPaths vm)
+    {
+        string? last = null;
+        try
+        {
+            foreach (string line in File.ReadLines(vm.ProcessLog))
+            {
+                last = line.Length > 0 ? line : last;
+            }
+        }
+        catch (Exception absent) when (absent is IOException or UnauthorizedAccessException)
+        {
+            // Then there is nothing to say.
+        }
+
+        return last is null ? VmExit.Vanished : new VmExit(4, "error", last);
+    }
+
+    private static async Task<ControlClient?> ConnectAsync(VmPaths vm, TimeSpan patience)
+    {
+        var watch = Stopwatch.StartNew();
+        bool wasAlive = false;
+        while (true)
+        {
+            ControlClient? client = await ControlClient.TryConnectAsync(vm.Control, CancellationToken.None).ConfigureAwait(false);
+            if (client is not null)
+            {
+                return client;
+            }
+
+            bool isAlive = VmProcess.IsAlive(vm);
+            bool hasEnded = (wasAlive && !isAlive) || VmExit.Read(vm.Exit) is not null;
+            bool neverCame = !isAlive && watch.Elapsed > TimeSpan.FromSeconds(10);
+            if (hasEnded || neverCame || watch.Elapsed > patience)
+            {
+                return null;
+            }
+
+            wasAlive |= isAlive;
+            await Task.Delay(20).ConfigureAwait(false);
+        }
+    }
+
+    private async Task<bool> ProbeAsync(MachineSpec spec, CancellationToken cancellation)
+    {
+        HealthSpec health = spec.Health!;
+        if (health.Tcp is { } tcp)
+        {
+            int colon = tcp.LastIndexOf(':');
+            string host = tcp[..colon].Trim('[', ']');
+            IPAddress address = host is "localhost" ? IPAddress.Loopback : IPAddress.Parse(host);
+            int port = int.Parse(tcp.AsSpan(colon + 1), NumberStyles.None, CultureInfo.InvariantCulture);
+            using var socket = new Socket(address.AddressFamily, SocketType.Stream, ProtocolType.Tcp);
+            await socket.ConnectAsync(new IPEndPoint(address, port), cancellation).ConfigureAwait(false);
+            return true;
+        }
+
+        if (health.Console is { } pattern)
+        {
+            return await MatchConsoleAsync(spec.Name, pattern, cancellation).ConfigureAwait(false);
+        }
+
+        return await PingAgentAsync(spec, cancellation).ConfigureAwait(false);
+    }
+
+    // Once the text was seen in this run it stays seen: a login prompt scrolls away.
+    private async Task<bool> MatchConsoleAsync(string name, string pattern, CancellationToken cancellation)
+    {
+        if (_watchers.TryGetValue(name, out Watcher? watcher) && watcher.WasSeen)
+        {
+            return true;
+        }
+
+        using Socket? socket = await UnixSockets.TryConnectAsync(_paths.Of(name).Console, cancellation).ConfigureAwait(false);
+        if (socket is null)
+        {
+            return false;
+        }
+
+        await socket.SendAsync("{\"write\": false, \"tail\": 65536}\n"u8.ToArray(), cancellation).ConfigureAwait(false);
+        var text = new StringBuilder();
+        var regex = new Regex(pattern, RegexOptions.NonBacktracking | RegexOptions.CultureInvariant, TimeSpan.FromSeconds(1));
+        var buffer = new byte[16_384];
+        while (await socket.ReceiveAsync(buffer, cancellation).ConfigureAwait(false) is > 0 and int count)
+        {
+            text.Append(Encoding.Latin1.GetString(buffer, 0, count));
+            int answer = text.ToString().IndexOf('\n', StringComparison.Ordinal);
+            if (answer >= 0 && regex.IsMatch(text.ToString(answer + 1, text.Length - answer - 1)))
+            {
+                if (watcher is not null)
+                {
+                    watcher.WasSeen = true;
+                }
+
+                return true;
+            }
+
+            if (text.Length > 256 << 10)
+            {
+                text.Remove(answer + 1, text.Length - (64 << 10));
+            }
+        }
+
+        return false;
+    }
+
+    // The guest agent's protocol (qemu-ga) on the port of that name.
+    private static async Task<bool> PingAgentAsync(MachineSpec spec, CancellationToken cancellation)
+    {
+        foreach (ConsoleSpec port in spec.Console)
+        {
+            if (port is { Name: "org.qemu.guest_agent.0", Backend: { Kind: CharKind.Unix, Path: { } path } })
+            {
+                using Socket? socket = await UnixSockets.TryConnectAsync(path, cancellation).ConfigureAwait(false);
+                if (socket is null)
+                {
+                    return false;
+                }
+
+                await socket.SendAsync("{\"execute\":\"guest-ping\"}\n"u8.ToArray(), cancellation).ConfigureAwait(false);
+                var buffer = new byte[256];
+                int count = await socket.ReceiveAsync(buffer, cancellation).ConfigureAwait(false);
+                return count > 0 && buffer.AsSpan(0, count).IndexOf("\"return\""u8) >= 0;
+            }
+        }
+
+        return false;
+    }
+
+    private sealed class Watcher
+    {
+        internal bool WasSeen { get; set; }
+
+        internal bool WasUp { get; set; }
+    }
+}
