@@ -101,6 +101,9 @@ internal sealed class StorageWiring
             case DiskBus.Ahci:
                 _sata.Add(new AtaDisk(backend, serial));
                 break;
+            case DiskBus.Nvme:
+                _cards.Add(new Nvme(name, backend, serial));
+                break;
             case DiskBus.Virtio:
                 _cards.Add(new VirtioPci(name, new VirtioBlock(backend, new VirtioBlockOptions { Serial = serial })));
                 break;
