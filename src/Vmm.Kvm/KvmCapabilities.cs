@@ -35,8 +35,6 @@ internal sealed record KvmCapabilities
 
     internal required bool ImmediateExit { get; init; }
 
-    internal required bool UserNmi { get; init; }
-
     internal required bool SetTssAddress { get; init; }
 
     internal required bool SetIdentityMap { get; init; }
@@ -52,8 +50,6 @@ internal sealed record KvmCapabilities
     internal required bool GetTscKhz { get; init; }
 
     internal required bool VmTscControl { get; init; }
-
-    internal required bool UserSpaceMsr { get; init; }
 
     internal required bool ExitOnEmulationFailure { get; init; }
 
@@ -83,7 +79,6 @@ internal sealed record KvmCapabilities
             ReadOnlyMemory = Check(device, KvmAbi.KVM_CAP_READONLY_MEM) > 0,
             IoEventFd = Check(device, KvmAbi.KVM_CAP_IOEVENTFD) > 0,
             ImmediateExit = Check(device, KvmAbi.KVM_CAP_IMMEDIATE_EXIT) > 0,
-            UserNmi = Check(device, KvmAbi.KVM_CAP_USER_NMI) > 0,
             SetTssAddress = Check(device, KvmAbi.KVM_CAP_SET_TSS_ADDR) > 0,
             SetIdentityMap = Check(device, KvmAbi.KVM_CAP_SET_IDENTITY_MAP_ADDR) > 0,
             AdjustClock = Check(device, KvmAbi.KVM_CAP_ADJUST_CLOCK) > 0,
@@ -92,7 +87,6 @@ internal sealed record KvmCapabilities
             Xcrs = Check(device, KvmAbi.KVM_CAP_XCRS) > 0,
             GetTscKhz = Check(device, KvmAbi.KVM_CAP_GET_TSC_KHZ) > 0,
             VmTscControl = Check(device, KvmAbi.KVM_CAP_VM_TSC_CONTROL) > 0,
-            UserSpaceMsr = enableCap && Check(device, KvmAbi.KVM_CAP_X86_USER_SPACE_MSR) > 0,
             ExitOnEmulationFailure = enableCap && Check(device, KvmAbi.KVM_CAP_EXIT_ON_EMULATION_FAILURE) > 0,
             SyncRegisters = (ulong)System.Math.Max(0, Check(device, KvmAbi.KVM_CAP_SYNC_REGS)),
         };

@@ -300,12 +300,6 @@ internal sealed unsafe class KvmVcpu : IVcpu
                     }
 
                     break;
-                case KvmAbi.KVM_EXIT_X86_RDMSR:
-                    ServeReadMsr(run);
-                    break;
-                case KvmAbi.KVM_EXIT_X86_WRMSR:
-                    ServeWriteMsr(run);
-                    break;
                 case KvmAbi.KVM_EXIT_HYPERCALL:
                     run->hypercall.ret = unchecked((ulong)-1000L);   // -KVM_ENOSYS
                     break;
@@ -486,25 +480,6 @@ internal sealed unsafe class KvmVcpu : IVcpu
         const ulong PageMask = 0xFFF;
         return port.IsMemoryMapped && ((address ^ port.ApicBase) & ~PageMask) == 0
             && (address & PageMask) + size <= 0x1000;
-    }
-
-    private void ServeReadMsr(kvm_run* run)
-    {
-        if (_port is not null && _port.TryReadMsr(run->msr.index, out ulong value))
-        {
-            run->msr.data = value;
-            run->msr.error = 0;
-        }
-        else
-        {
-            run->msr.error = 1;
-        }
-    }
-
-    private void ServeWriteMsr(kvm_run* run)
-    {
-        bool done = _port is not null && _port.TryWriteMsr(run->msr.index, run->msr.data);
-        run->msr.error = done ? (byte)0 : (byte)1;
     }
 
     private static void ReportEmulation(kvm_run* run, ref VcpuExit exit)

@@ -76,15 +76,6 @@ internal sealed unsafe class KvmVm : IVm
                         KvmAbi.KVM_CAP_SPLIT_IRQCHIP, (ulong)_levelRoutes.Length, "KVM_CAP_SPLIT_IRQCHIP");
                     break;
                 case IrqchipMode.User:
-                    if (has.UserSpaceMsr)
-                    {
-                        // x2APIC registers are MSRs that a kernel without local APICs does not know.
-                        EnableCapability(
-                            KvmAbi.KVM_CAP_X86_USER_SPACE_MSR,
-                            KvmAbi.KVM_MSR_EXIT_REASON_UNKNOWN | KvmAbi.KVM_MSR_EXIT_REASON_INVAL,
-                            "KVM_CAP_X86_USER_SPACE_MSR");
-                    }
-
                     break;
                 default:
                     throw new ArgumentOutOfRangeException(nameof(options));

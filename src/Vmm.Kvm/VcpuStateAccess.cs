@@ -195,19 +195,13 @@ internal sealed unsafe class VcpuStateAccess
         KvmCall.Require(_vcpu, KvmAbi.KVM_SET_VCPU_EVENTS, (nint)(&events), "KVM_SET_VCPU_EVENTS");
     }
 
-    // In User mode KVM would swallow writes to IA32_TSC_DEADLINE, and without exits for unknown MSRs a guest could not
-    // reach an x2APIC; features that cannot work are not shown.
+    // In User mode KVM swallows writes to IA32_TSC_DEADLINE and refuses the x2APIC's MSRs: features that cannot work are
+    // not shown. (Handing both to the port would need guest time and the guest's TSC to be one clock, and they are not.)
     private uint FilterFeatures(uint ecx)
     {
         const uint X2Apic = 1 << 21;
         const uint TscDeadlineTimer = 1 << 24;
-        if (!_isUserIrqchip)
-        {
-            return ecx;
-        }
-
-        ecx &= ~TscDeadlineTimer;
-        return _has.UserSpaceMsr ? ecx : ecx & ~X2Apic;
+        return _isUserIrqchip ? ecx & ~(X2Apic | TscDeadlineTimer) : ecx;
     }
 
     private static void FromKvm(in kvm_regs regs, CpuState state)

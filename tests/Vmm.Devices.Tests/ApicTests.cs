@@ -301,6 +301,25 @@ public sealed class ApicTests
     }
 
     [Fact]
+    public void OneShotTimer_OverBeforeItIsArmed_StillFires()
+    {
+        var clock = new RestlessClock();
+        var apic = new LocalApic(0, new ApicBus(), clock, TscKhz, _ => 0, null);
+        apic.Reset();
+        apic.Resume();
+        apic.Registers.Write(0x0F0, AccessWidth.Dword, 0x1FF);
+        apic.Registers.Write(0x320, AccessWidth.Dword, 0x30);
+        apic.Registers.Write(0x380, AccessWidth.Dword, 15);
+        clock.FireWhatIsDue();
+        apic.Acknowledge().Should().Be(0x30);
+        apic.Registers.Write(0x0B0, AccessWidth.Dword, 0);
+        apic.Pause();
+        apic.Resume();
+        clock.FireWhatIsDue();
+        apic.HasInterrupt.Should().BeFalse("it has fired");
+    }
+
+    [Fact]
     public void PeriodicTimer_FiresEachPeriodUntilMaskedOrZero()
     {
         MakeEnabled(1);
@@ -634,5 +653,54 @@ public sealed class ApicTests
         public int Wakes { get; private set; }
 
         public void Wake() => Wakes++;
+    }
+
+    /// <summary>A busy host: much time passes between any two looks at the clock.</summary>
+    private sealed class RestlessClock : IClock
+    {
+        private readonly List<Timer> _timers = [];
+        private long _nowNs;
+
+        public long NowNs => _nowNs += 50_000;
+
+        public long UnixTimeNs => 0;
+
+        public IGuestTimer CreateTimer(string name, Action onExpire)
+        {
+            var timer = new Timer(onExpire);
+            _timers.Add(timer);
+            return timer;
+        }
+
+        internal void FireWhatIsDue()
+        {
+            foreach (Timer timer in _timers)
+            {
+                if (timer.IsArmed && timer.DeadlineNs <= NowNs)
+                {
+                    timer.IsArmed = false;
+                    timer.OnExpire();
+                }
+            }
+        }
+
+        private sealed class Timer(Action onExpire) : IGuestTimer
+        {
+            public Action OnExpire { get; } = onExpire;
+
+            public bool IsArmed { get; set; }
+
+            public long DeadlineNs { get; private set; }
+
+            public void ArmAt(long deadlineNs)
+            {
+                IsArmed = true;
+                DeadlineNs = deadlineNs;
+            }
+
+            public void Cancel() => IsArmed = false;
+
+            public void Dispose() => Cancel();
+        }
     }
 }

@@ -159,10 +159,6 @@ main(void)
 	AT(kvm_signal_mask, len);
 	SIZE(kvm_interrupt);
 	AT(kvm_interrupt, irq);
-	SIZE(kvm_guest_debug);
-	AT(kvm_guest_debug, control);
-	AT(kvm_guest_debug, pad);
-	AT(kvm_guest_debug, arch);
 	SIZE(kvm_userspace_memory_region);
 	AT(kvm_userspace_memory_region, slot);
 	AT(kvm_userspace_memory_region, flags);
@@ -272,12 +268,6 @@ main(void)
 	AT(kvm_run, system_event.ndata);
 	AT(kvm_run, eoi);
 	AT(kvm_run, eoi.vector);
-	AT(kvm_run, msr);
-	AT(kvm_run, msr.error);
-	AT(kvm_run, msr.pad);
-	AT(kvm_run, msr.reason);
-	AT(kvm_run, msr.index);
-	AT(kvm_run, msr.data);
 	AT(kvm_run, kvm_valid_regs);
 	AT(kvm_run, kvm_dirty_regs);
 	AT(kvm_run, s);
@@ -321,7 +311,6 @@ main(void)
 	NUM(KVM_GET_MP_STATE);
 	NUM(KVM_SET_MP_STATE);
 	NUM(KVM_NMI);
-	NUM(KVM_SET_GUEST_DEBUG);
 	NUM(KVM_GET_VCPU_EVENTS);
 	NUM(KVM_SET_VCPU_EVENTS);
 	NUM(KVM_GET_DEBUGREGS);
@@ -338,14 +327,11 @@ main(void)
 	NUM(KVM_CAP_NR_MEMSLOTS);
 	NUM(KVM_CAP_MP_STATE);
 	NUM(KVM_CAP_DESTROY_MEMORY_REGION_WORKS);
-	NUM(KVM_CAP_USER_NMI);
-	NUM(KVM_CAP_SET_GUEST_DEBUG);
 	NUM(KVM_CAP_IRQ_ROUTING);
 	NUM(KVM_CAP_JOIN_MEMORY_REGIONS_WORKS);
 	NUM(KVM_CAP_IOEVENTFD);
 	NUM(KVM_CAP_SET_IDENTITY_MAP_ADDR);
 	NUM(KVM_CAP_ADJUST_CLOCK);
-	NUM(KVM_CAP_INTERNAL_ERROR_DATA);
 	NUM(KVM_CAP_VCPU_EVENTS);
 	NUM(KVM_CAP_DEBUGREGS);
 	NUM(KVM_CAP_XSAVE);
@@ -358,7 +344,6 @@ main(void)
 	NUM(KVM_CAP_ENABLE_CAP_VM);
 	NUM(KVM_CAP_SPLIT_IRQCHIP);
 	NUM(KVM_CAP_IMMEDIATE_EXIT);
-	NUM(KVM_CAP_X86_USER_SPACE_MSR);
 	NUM(KVM_CAP_EXIT_ON_EMULATION_FAILURE);
 	NUM(KVM_CAP_VM_TSC_CONTROL);
 	NUM(KVM_EXIT_UNKNOWN);
@@ -376,8 +361,6 @@ main(void)
 	NUM(KVM_EXIT_INTERNAL_ERROR);
 	NUM(KVM_EXIT_SYSTEM_EVENT);
 	NUM(KVM_EXIT_IOAPIC_EOI);
-	NUM(KVM_EXIT_X86_RDMSR);
-	NUM(KVM_EXIT_X86_WRMSR);
 	NUM(KVM_EXIT_IO_IN);
 	NUM(KVM_EXIT_IO_OUT);
 	NUM(KVM_INTERNAL_ERROR_EMULATION);
@@ -404,12 +387,9 @@ main(void)
 	NUM(KVM_MP_STATE_HALTED);
 	NUM(KVM_MP_STATE_SIPI_RECEIVED);
 	NUM(KVM_VCPUEVENT_VALID_NMI_PENDING);
-	NUM(KVM_VCPUEVENT_VALID_SIPI_VECTOR);
 	NUM(KVM_VCPUEVENT_VALID_SHADOW);
 	NUM(KVM_X86_SHADOW_INT_MOV_SS);
 	NUM(KVM_X86_SHADOW_INT_STI);
 	NUM(KVM_CPUID_FLAG_SIGNIFCANT_INDEX);
-	NUM(KVM_MSR_EXIT_REASON_INVAL);
-	NUM(KVM_MSR_EXIT_REASON_UNKNOWN);
 	return (0);
 }

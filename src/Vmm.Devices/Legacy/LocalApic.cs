@@ -109,6 +109,10 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
     private uint _divide;
     private uint _initialCount;
     private long _timerStartNs;
+
+    // A one-shot count has run out and its interrupt was raised. The clock alone does not say that: on a busy host the
+    // count may be over before the host timer was even armed, and the interrupt must still come.
+    private bool _timerExpired;
     private ulong _tscDeadline;
     private bool _paused = true;
     private bool _lint0;
@@ -357,6 +361,7 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
             writer.Write("divide", (ulong)_divide);
             writer.Write("initialCount", (ulong)_initialCount);
             writer.Write("timerAge", _clock.NowNs - _timerStartNs);
+            writer.Write("timerExpired", _timerExpired);
             writer.Write("tscDeadline", _tscDeadline);
             writer.Write("lint0", _lint0);
             writer.Write("lint1", _lint1);
@@ -388,6 +393,7 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
             _divide = reader.ReadUInt32("divide") & 0xB;
             _initialCount = reader.ReadUInt32("initialCount");
             _timerStartNs = _clock.NowNs - (long)reader.ReadBounded("timerAge", long.MaxValue / 4);
+            _timerExpired = reader.Has("timerExpired") && reader.ReadBoolean("timerExpired");
             _tscDeadline = reader.ReadUInt64("tscDeadline");
             _lint0 = reader.ReadBoolean("lint0");
             _lint1 = reader.ReadBoolean("lint1");
@@ -599,6 +605,7 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
         _icr = 0;
         _divide = 0;
         _initialCount = 0;
+        _timerExpired = false;
         _tscDeadline = 0;
         _nmi = false;
         _startup = false;
@@ -788,6 +795,7 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
                 {
                     _initialCount = value;
                     _timerStartNs = _clock.NowNs;
+                    _timerExpired = false;
                     ArmTimer();
                 }
 
@@ -1156,7 +1164,7 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
             long next = _timerStartNs + (((age / period) + 1) * period);
             _timer.ArmAt(period < MinimumPeriodNs ? Math.Max(next, _clock.NowNs + MinimumPeriodNs) : next);
         }
-        else if (age < period)
+        else if (!_timerExpired)
         {
             _timer.ArmAt(_timerStartNs + period);
         }
@@ -1190,7 +1198,7 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
 
                 _tscDeadline = 0;
             }
-            else if (_initialCount == 0 || (!IsPeriodic && CurrentCount() != 0))
+            else if (_initialCount == 0 || (!IsPeriodic && (_timerExpired || CurrentCount() != 0)))
             {
                 // Reprogrammed while this call was on its way.
                 ArmTimer();
@@ -1206,6 +1214,10 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
             if (IsPeriodic)
             {
                 ArmTimer();
+            }
+            else
+            {
+                _timerExpired = true;
             }
         }
     }

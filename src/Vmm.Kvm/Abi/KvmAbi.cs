@@ -57,7 +57,6 @@ internal static class KvmAbi
     internal const uint KVM_GET_MP_STATE = Read | (4u << 16) | Io | 0x98;
     internal const uint KVM_SET_MP_STATE = Write | (4 << 16) | Io | 0x99;
     internal const uint KVM_NMI = Io | 0x9a;
-    internal const uint KVM_SET_GUEST_DEBUG = Write | (72 << 16) | Io | 0x9b;
     internal const uint KVM_GET_VCPU_EVENTS = Read | (64u << 16) | Io | 0x9f;
     internal const uint KVM_SET_VCPU_EVENTS = Write | (64 << 16) | Io | 0xa0;
     internal const uint KVM_GET_DEBUGREGS = Read | (128u << 16) | Io | 0xa1;
@@ -76,14 +75,11 @@ internal static class KvmAbi
     internal const int KVM_CAP_NR_MEMSLOTS = 10;
     internal const int KVM_CAP_MP_STATE = 14;
     internal const int KVM_CAP_DESTROY_MEMORY_REGION_WORKS = 21;
-    internal const int KVM_CAP_USER_NMI = 22;
-    internal const int KVM_CAP_SET_GUEST_DEBUG = 23;
     internal const int KVM_CAP_IRQ_ROUTING = 25;
     internal const int KVM_CAP_JOIN_MEMORY_REGIONS_WORKS = 30;
     internal const int KVM_CAP_IOEVENTFD = 36;
     internal const int KVM_CAP_SET_IDENTITY_MAP_ADDR = 37;
     internal const int KVM_CAP_ADJUST_CLOCK = 39;
-    internal const int KVM_CAP_INTERNAL_ERROR_DATA = 40;
     internal const int KVM_CAP_VCPU_EVENTS = 41;
     internal const int KVM_CAP_DEBUGREGS = 50;
     internal const int KVM_CAP_XSAVE = 55;
@@ -96,7 +92,6 @@ internal static class KvmAbi
     internal const int KVM_CAP_ENABLE_CAP_VM = 98;
     internal const int KVM_CAP_SPLIT_IRQCHIP = 121;
     internal const int KVM_CAP_IMMEDIATE_EXIT = 136;
-    internal const int KVM_CAP_X86_USER_SPACE_MSR = 188;
     internal const int KVM_CAP_EXIT_ON_EMULATION_FAILURE = 204;
     internal const int KVM_CAP_VM_TSC_CONTROL = 214;
 
@@ -116,8 +111,6 @@ internal static class KvmAbi
     internal const uint KVM_EXIT_INTERNAL_ERROR = 17;
     internal const uint KVM_EXIT_SYSTEM_EVENT = 24;
     internal const uint KVM_EXIT_IOAPIC_EOI = 26;
-    internal const uint KVM_EXIT_X86_RDMSR = 29;
-    internal const uint KVM_EXIT_X86_WRMSR = 30;
 
     internal const byte KVM_EXIT_IO_IN = 0;
     internal const byte KVM_EXIT_IO_OUT = 1;
@@ -153,15 +146,12 @@ internal static class KvmAbi
     internal const uint KVM_MP_STATE_SIPI_RECEIVED = 4;
 
     internal const uint KVM_VCPUEVENT_VALID_NMI_PENDING = 1;
-    internal const uint KVM_VCPUEVENT_VALID_SIPI_VECTOR = 2;
     internal const uint KVM_VCPUEVENT_VALID_SHADOW = 4;
     internal const byte KVM_X86_SHADOW_INT_MOV_SS = 1;
     internal const byte KVM_X86_SHADOW_INT_STI = 2;
 
     internal const uint KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1;
 
-    internal const ulong KVM_MSR_EXIT_REASON_INVAL = 1;
-    internal const ulong KVM_MSR_EXIT_REASON_UNKNOWN = 2;
 
     private const uint Io = 0xAE00;
     private const uint Write = 1u << 30;

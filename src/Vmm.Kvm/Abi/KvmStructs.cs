@@ -5,7 +5,6 @@ namespace Vmm.Kvm.Abi;
 
 #pragma warning disable IDE1006 // KVM's own names
 #pragma warning disable CS0649  // filled by the kernel
-#pragma warning disable SA1649
 
 internal struct kvm_regs
 {
@@ -210,13 +209,6 @@ internal struct kvm_interrupt
     internal uint irq;
 }
 
-internal unsafe struct kvm_guest_debug
-{
-    internal uint control;
-    internal uint pad;
-    internal fixed ulong arch[8];
-}
-
 internal struct kvm_userspace_memory_region
 {
     internal uint slot;
@@ -396,15 +388,6 @@ internal struct kvm_run_eoi
     internal byte vector;
 }
 
-internal unsafe struct kvm_run_msr
-{
-    internal byte error;
-    internal fixed byte pad[7];
-    internal uint reason;
-    internal uint index;
-    internal ulong data;
-}
-
 /// <summary>The page that a vCPU shares with the kernel; PIO data follows on the next page.</summary>
 [StructLayout(LayoutKind.Explicit, Size = 2352)]
 internal struct kvm_run
@@ -459,9 +442,6 @@ internal struct kvm_run
 
     [FieldOffset(32)]
     internal kvm_run_eoi eoi;
-
-    [FieldOffset(32)]
-    internal kvm_run_msr msr;
 
     [FieldOffset(288)]
     internal ulong kvm_valid_regs;
