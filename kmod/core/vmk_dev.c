@@ -344,7 +344,7 @@ enable_cap(struct vmk_vm *vm, const struct abi_enable_cap *a)
 		return (0);
 	case ABI_CAP_SPLIT_IRQCHIP:
 		if (vmk_irqchip_cap(ABI_CAP_SPLIT_IRQCHIP) <= 0 ||
-		    a->args[0] > ABI_IOAPIC_NUM_PINS)
+		    a->args[0] > VMK_MAX_ROUTES)
 			return (VMK_EINVAL);
 		if (vm->irqchip_mode != VMK_IRQCHIP_NONE)
 			return (VMK_EEXIST);

@@ -705,6 +705,7 @@ int
 vmk_vcpu_run(struct vmk_vcpu *vcpu)
 {
 	volatile struct abi_run *run = vcpu->run;
+	struct vmk_sigset saved;
 	uint64_t cr8;
 	int error;
 
@@ -721,12 +722,16 @@ vmk_vcpu_run(struct vmk_vcpu *vcpu)
 	vcpu->has_run = true;
 	vcpu->run_error = 0;
 	run->exit_reason = ABI_EXIT_UNKNOWN;
+	if (vcpu->has_sigmask)
+		vmk_sigmask_swap(&vcpu->sigmask, &saved);
 	if (vmk_emul_resume(vcpu) == VMK_RUN_USER)
 		error = vcpu->run_error;
 	else if (run->immediate_exit != 0)
 		error = VMK_EINTR;
 	else
 		error = run_loop(vcpu);
+	if (vcpu->has_sigmask)
+		vmk_sigmask_restore(&saved);
 	if (error == VMK_EINTR)
 		run->exit_reason = ABI_EXIT_INTR;
 	publish(vcpu);

@@ -693,6 +693,32 @@ get_cpuid2(struct vmk_vcpu *vcpu, uint64_t arg)
 	return (error);
 }
 
+/* The mask that holds during RUN; without an argument, the thread's own. */
+static int
+set_signal_mask(struct vmk_vcpu *vcpu, uint64_t arg)
+{
+	struct abi_signal_mask h;
+	struct vmk_sigset set;
+	int error;
+
+	if (arg == 0) {
+		vcpu->has_sigmask = false;
+		return (0);
+	}
+	error = vmk_copyin(arg, &h, sizeof(h));
+	if (error != 0)
+		return (error);
+	if (h.len > sizeof(set) || !vmk_sigset_ok(h.len))
+		return (VMK_EINVAL);
+	memset(&set, 0, sizeof(set));
+	error = vmk_copyin(arg + sizeof(h), &set, h.len);
+	if (error != 0)
+		return (error);
+	vcpu->sigmask = set;
+	vcpu->has_sigmask = true;
+	return (0);
+}
+
 /* The result of the request is how many were done before one failed. */
 static int
 msrs(struct vmk_vcpu *vcpu, uint64_t arg, bool write, int *result)
@@ -863,6 +889,8 @@ vcpu_request(struct vmk_vcpu *vcpu, uint32_t request, uint64_t arg,
 		return (set_cpuid2(vcpu, arg));
 	case ABI_GET_CPUID2:
 		return (get_cpuid2(vcpu, arg));
+	case ABI_SET_SIGNAL_MASK:
+		return (set_signal_mask(vcpu, arg));
 	case ABI_GET_TSC_KHZ:
 		*result = (int)vmk_tsc_khz();
 		return (0);

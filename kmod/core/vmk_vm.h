@@ -288,6 +288,8 @@ struct vmk_vcpu {
 	bool		 ext_pending;	/* split: from user space's PIC */
 	uint8_t		 ext_vector;
 	int		 run_error;
+	bool		 has_sigmask;
+	struct vmk_sigset sigmask;	/* in force during RUN */
 	uint32_t	 guest_debug;	/* ABI_GUESTDBG_* */
 	bool		 debug_stepped;
 	struct vmk_emul	 em;

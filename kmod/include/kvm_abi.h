@@ -210,6 +210,11 @@ struct abi_translation {
 	uint8_t		pad[5];
 };
 
+/* Followed by len bytes of the host's signal set. */
+struct abi_signal_mask {
+	uint32_t	len;
+};
+
 struct abi_vapic_addr {
 	uint64_t	vapic_addr;
 };
@@ -593,6 +598,7 @@ struct abi_run {
 #define	ABI_INTERRUPT			ABI_IOW(0x86, struct abi_interrupt)
 #define	ABI_GET_MSRS			ABI_IOWR(0x88, struct abi_msrs)
 #define	ABI_SET_MSRS			ABI_IOW(0x89, struct abi_msrs)
+#define	ABI_SET_SIGNAL_MASK		ABI_IOW(0x8b, struct abi_signal_mask)
 #define	ABI_GET_FPU			ABI_IOR(0x8c, struct abi_fpu)
 #define	ABI_SET_FPU			ABI_IOW(0x8d, struct abi_fpu)
 #define	ABI_GET_LAPIC			ABI_IOR(0x8e, struct abi_lapic_state)

@@ -162,6 +162,18 @@ bool	 vmk_must_leave(void);
 /* Outside a section: give up the processor if asked; VMK_EINTR on signal. */
 int	 vmk_yield(void);
 
+/*
+ * Replace the calling thread's signal mask and put the old one back.  set is
+ * what KVM_SET_SIGNAL_MASK brought: len bytes of the caller's own sigset, of
+ * a length that vmk_sigset_ok() takes (8 is Linux's).  A signal that the old
+ * mask blocks interrupts what sleeps between the two calls, and does nothing
+ * else: no handler runs, no default action is taken, it stays pending.
+ */
+struct vmk_sigset { uint8_t bytes[16]; };
+bool	 vmk_sigset_ok(uint32_t len);
+void	 vmk_sigmask_swap(const struct vmk_sigset *set, struct vmk_sigset *old);
+void	 vmk_sigmask_restore(const struct vmk_sigset *old);
+
 /* ---- time -------------------------------------------------------------- */
 
 uint64_t vmk_time_ns(void);		/* monotonic, any context */

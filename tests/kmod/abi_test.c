@@ -156,6 +156,8 @@ lists(void)
 	OFF(cpuid_entry2, kvm_cpuid_entry2, edx);
 	same("kvm_cpuid2.entries", sizeof(struct abi_cpuid2),
 	    offsetof(struct kvm_cpuid2, entries));
+	same("kvm_signal_mask.sigset", sizeof(struct abi_signal_mask),
+	    offsetof(struct kvm_signal_mask, sigset));
 	NUM2(CPUID_SIGNIFCANT_INDEX, KVM_CPUID_FLAG_SIGNIFCANT_INDEX);
 	same("kvm_irq_routing.entries", sizeof(struct abi_irq_routing),
 	    offsetof(struct kvm_irq_routing, entries));
@@ -346,7 +348,7 @@ requests(void)
 	NUM(GET_REGS); NUM(SET_REGS); NUM(GET_SREGS); NUM(SET_SREGS);
 	NUM(TRANSLATE); NUM(INTERRUPT); NUM(GET_MSRS); NUM(SET_MSRS);
 	NUM(GET_FPU); NUM(SET_FPU); NUM(GET_LAPIC); NUM(SET_LAPIC);
-	NUM(SET_CPUID2); NUM(GET_CPUID2); NUM(SET_VAPIC_ADDR); NUM(GET_MP_STATE);
+	NUM(SET_CPUID2); NUM(GET_CPUID2); NUM(SET_VAPIC_ADDR); NUM(SET_SIGNAL_MASK); NUM(GET_MP_STATE);
 	NUM(SET_MP_STATE); NUM(NMI); NUM(SET_GUEST_DEBUG);
 	NUM(X86_SETUP_MCE); NUM(GET_VCPU_EVENTS); NUM(SET_VCPU_EVENTS);
 	NUM(GET_DEBUGREGS); NUM(SET_DEBUGREGS); NUM(ENABLE_CAP);

@@ -1162,9 +1162,23 @@ test_exceptions(void)
 	tap_done("events: exceptions, double faults, NMI, unknown exits");
 }
 
+static uint8_t mask_in_guest;
+
+static void
+note_mask(struct vmk_vcpu *vcpu, const struct vmk_entry *e,
+    struct vmk_exit *x)
+{
+	(void)vcpu;
+	(void)e;
+	mask_in_guest = user_sigmask();
+	x->kind = VMK_X_HLT;
+	x->insn_len = 1;
+}
+
 static void
 test_signals(void)
 {
+	struct { uint32_t len; uint8_t set[8]; } m = { 8, { 0x5a } };
 	struct vmk_vcpu *v;
 	struct rig r;
 
@@ -1182,8 +1196,20 @@ test_signals(void)
 	r.run->immediate_exit = 0;
 	CHECK_EQ(run(&r), 0);
 	CHECK_EQ(v->entries, 1);
+	/* A mask for RUN, and the old one back. */
+	CHECK_EQ(user_ioctl(r.vcpu, ABI_SET_SIGNAL_MASK, PTR(&m)), 0);
+	fake_enter = note_mask;
+	CHECK_EQ(run(&r), 0);
+	CHECK_EQ(mask_in_guest, 0x5a);
+	CHECK_EQ(user_sigmask(), 0);
+	CHECK_EQ(user_ioctl(r.vcpu, ABI_SET_SIGNAL_MASK, 0), 0);
+	CHECK_EQ(run(&r), 0);
+	CHECK_EQ(mask_in_guest, 0);
+	m.len = 200;
+	CHECK_EQ(user_ioctl(r.vcpu, ABI_SET_SIGNAL_MASK, PTR(&m)),
+	    -VMK_EINVAL);
 	rig_down(&r);
-	tap_done("run: signals and immediate_exit");
+	tap_done("run: signals, masks and immediate_exit");
 }
 
 /* ---- state ------------------------------------------------------------- */

@@ -525,6 +525,35 @@ user_signal_self(bool pending)
 	signalled = pending;
 }
 
+/* ---- signals ----------------------------------------------------------- */
+
+static _Thread_local struct vmk_sigset sigmask;
+
+bool
+vmk_sigset_ok(uint32_t len)
+{
+	return (len == 8);
+}
+
+void
+vmk_sigmask_swap(const struct vmk_sigset *set, struct vmk_sigset *old)
+{
+	*old = sigmask;
+	sigmask = *set;
+}
+
+void
+vmk_sigmask_restore(const struct vmk_sigset *old)
+{
+	sigmask = *old;
+}
+
+uint8_t
+user_sigmask(void)
+{
+	return (sigmask.bytes[0]);
+}
+
 /* ---- time -------------------------------------------------------------- */
 
 static uint64_t

@@ -17,6 +17,8 @@ void	*user_map(int fd, unsigned int *npages);
 
 /* A signal for the calling thread, as kill(2) would leave it pending. */
 void	 user_signal_self(bool pending);
+/* The first byte of the calling thread's signal mask. */
+uint8_t	 user_sigmask(void);
 /* A wait that would block is interrupted instead. */
 void	 user_never_wait(bool);
 /* Pretend to be another process (address space) from now on. */

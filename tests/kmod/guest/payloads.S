@@ -40,6 +40,14 @@ PAYLOAD ports
 	hlt
 END ports
 
+PAYLOAD mmios
+	movl	$0x18000000, %edi
+1:	movl	%eax, (%rdi)
+	decl	%ebx
+	jnz	1b
+	hlt
+END mmios
+
 PAYLOAD cpuids
 1:	xorl	%eax, %eax
 	pushq	%rbx

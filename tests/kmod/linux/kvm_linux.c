@@ -328,6 +328,38 @@ vmk_yield(void)
 	return (signal_pending(current) ? VMK_EINTR : 0);
 }
 
+/* ---- signals ----------------------------------------------------------- */
+
+static_assert(sizeof(sigset_t) == 8);
+
+bool
+vmk_sigset_ok(uint32_t len)
+{
+	return (len == sizeof(sigset_t));
+}
+
+/*
+ * The old mask goes to real_blocked: a signal that only the RUN mask lets
+ * through, with the default action, must end RUN and not the process.
+ */
+void
+vmk_sigmask_swap(const struct vmk_sigset *set, struct vmk_sigset *old)
+{
+	sigset_t new;
+
+	(void)old;
+	memcpy(&new, set, sizeof(new));
+	sigprocmask(SIG_SETMASK, &new, &current->real_blocked);
+}
+
+void
+vmk_sigmask_restore(const struct vmk_sigset *old)
+{
+	(void)old;
+	sigprocmask(SIG_SETMASK, &current->real_blocked, NULL);
+	sigemptyset(&current->real_blocked);
+}
+
 /* ---- time -------------------------------------------------------------- */
 
 uint64_t

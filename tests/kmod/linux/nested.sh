@@ -10,7 +10,8 @@
 #   unload    load and unload the module 100 times
 #   qemu      stock QEMU boots Debian's kernel to a busybox shell: irqchip off,
 #             and split and on where the module offers them
-#   vmctl     out/bin/vmctl does the same, if it has been built
+#   vmctl     out/bin/vmctl does the same with 1, 2 and 4 vCPUs, if built (not by
+#             default)
 #   bench     exits a second, ours and kvm_amd's (not by default)
 # Prints TAP lines; everything else begins with '#'.
 set -u
@@ -79,21 +80,29 @@ END
 	    >"$root/g/initrd"
 	;;
 esac
-if [ -n "$want_qemu" ]; then
-	q=$(command -v qemu-system-x86_64)
-	cp "$q" "$root/bin/qemu"
+
+program() {			# path, name in the host's /bin
+	cp "$1" "$root/bin/$2"
 	mkdir -p "$root/lib64"
 	cp -L /lib64/ld-linux-x86-64.so.2 "$root/lib64/"
-	for l in $(ldd "$q" | awk '$3 ~ /^\// { print $3 }'); do
+	for l in $(ldd "$1" | awk '$3 ~ /^\// { print $3 }'); do
 		mkdir -p "$root$(dirname "$l")"
 		cp -L "$l" "$root$l"
 	done
+}
+
+if [ -n "$want_qemu" ]; then
+	program "$(command -v qemu-system-x86_64)" qemu
 	cp /usr/share/seabios/bios-256k.bin /usr/share/qemu/linuxboot_dma.bin \
 	    /usr/share/qemu/kvmvapic.bin "$root/rom/"
 fi
 vmctl=$top/out/bin/vmctl
 case " $parts " in *" vmctl "*)
-	[ -x "$vmctl" ] && cp "$vmctl" "$root/bin/vmctl";;
+	if [ -x "$vmctl" ]; then
+		program "$vmctl" vmctl
+	else
+		echo "# out/bin/vmctl has not been built"
+	fi;;
 esac
 
 cat >"$root/init" <<'END'
@@ -159,31 +168,37 @@ for part in $($b sed 's/.*parts=\([^ ]*\).*/\1/; s/,/ /g' /proc/cmdline); do
 		fi
 		$b rmmod vmk_kvm; result $? "host: unloads after QEMU" ;;
 	vmctl)
-		[ -x /bin/vmctl ] || continue
+		if [ ! -x /bin/vmctl ]; then
+			echo "ok 0 - vmctl # SKIP not built"
+			continue
+		fi
 		$b insmod /m/vmk_kvm.ko
-		for chip in user split kernel; do
-			[ $chip = user ] || /bin/nested_test has-irqchip ||
-			    continue
+		for chip in user split kernel; do for cpus in 1 2 4; do
+			# The smaller numbers say nothing new in the others.
+			[ $chip = kernel ] || [ $cpus != 2 ] || continue
 			cat >/tmp/vm.yaml <<EOT
 name: inner
-cpus: 1
+cpus: $cpus
 memory: 256M
 accel: kvm
 irqchip: $chip
-boot: {kernel: /g/vmlinuz, initrd: /g/initrd, cmdline: "console=ttyS0 panic=-1 reboot=t quiet"}
+boot:
+  kernel: /g/vmlinuz
+  initrd: /g/initrd
+  cmdline: "console=ttyS0 panic=-1 reboot=t quiet"
 serial: [stdio]
 EOT
 			boot "vmctl, irqchip $chip" /bin/vmctl run /tmp/vm.yaml
-		done
+		done; done
 		$b rmmod vmk_kvm; result $? "host: unloads after vmctl" ;;
 	bench)
 		$b insmod /m/vmk_kvm.ko
-		/bin/nested_test bench | $b sed 's/^/# ours /'
+		/bin/nested_test bench | $b sed 's/^bench/rate ours/'
 		$b rmmod vmk_kvm
 		for m in rng-core irqbypass ccp kvm kvm-amd; do
 			$b insmod /m/$m.ko 2>/dev/null
 		done
-		/bin/nested_test bench | $b sed 's/^/# kvm_amd /' ;;
+		/bin/nested_test bench | $b sed 's/^bench/rate theirs/' ;;
 	esac
 done
 clean; result $? "host: a clean kernel log"
@@ -209,8 +224,13 @@ tr -d '\r' <"$log" | awk '
 		next
 	}
 	/^# / { print }
+	# Several rounds of each; the best of a noisy machine counts.
+	/^rate / { if ($4 > best[$2, $3]) best[$2, $3] = $4; kind[$3] = 1 }
 	/^nested: end/ { end = 1 }
 	END {
+		for (k in kind)
+			print "bench kmod-" k "-exits " best["ours", k] \
+			    " exits/s " best["theirs", k]
 		if (!end) {
 			print "not ok " ++n " - kmod nested: the host lived"
 			bad++
