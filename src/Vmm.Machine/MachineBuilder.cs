@@ -28,6 +28,7 @@ public sealed class MachineBuilder : IDisposable
     private readonly MemoryLayout _layout;
     private readonly GuestMemory _memory = new();
     private readonly List<RamBlock> _blocks = [];
+    private readonly Dictionary<RamBlock, HostMemory> _hostMemory = [];
     private readonly MachineClock _clock;
     private readonly SystemControl _system;
     private readonly AddressMap _ports = new("io", 0x10000);
@@ -122,6 +123,7 @@ public sealed class MachineBuilder : IDisposable
         HostMemory host = HostMemory.Allocate((long)_layout.MemoryBytes);
         var ram = new RamBlock("ram", host, _layout.MemoryBytes);
         _blocks.Add(ram);
+        _hostMemory.Add(ram, host);
         _memory.Map(0, ram, 0, _layout.LowBytes);
         if (_layout.HighBytes > 0)
         {
@@ -240,6 +242,14 @@ public sealed class MachineBuilder : IDisposable
         Attach(parts, bus, pm, 1, 3);
         _ports.Map(AcpiPm.ApmPort, pm.ApmWindow);
         parts.PowerButton = () => pm.PressPowerButton();
+        var cards = new Cards(_spec, _chars, _memory, block => _hostMemory.GetValueOrDefault(block));
+        parts.Resources.Add(cards);
+        foreach (PciFunction card in cards.Make())
+        {
+            bus.AttachNext(card);
+            parts.Devices.Add(card);
+        }
+
         return bus;
     }
 

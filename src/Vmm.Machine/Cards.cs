@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Collections.Generic;
+using System.Globalization;
+using System.IO;
+using System.Security.Cryptography;
+using System.Text;
+using Vmm.Backends.Block;
+using Vmm.Backends.CloudInit;
+using Vmm.Backends.Limits;
+using Vmm.Backends.Net;
+using Vmm.Config;
+using Vmm.Core;
+using Vmm.Devices.Net;
+using Vmm.Devices.Pci;
+using Vmm.Devices.Virtio;
+using Vmm.Host;
+using Vmm.Memory;
+
+namespace Vmm.Machine;
+
+/// <summary>
+/// Makes the PCI cards of a definition that are VirtIO or Ethernet, with their back ends, in a fixed order, so that the same definition gives the
+/// same PCI addresses: disks, network cards, random numbers, balloon, consoles, shares, sockets, input, cloud-init's seed.
+/// </summary>
+internal sealed class Cards : IDisposable
+{
+    private readonly MachineSpec _spec;
+    private readonly CharFactory _chars;
+    private readonly GuestMemory _memory;
+    private readonly Func<RamBlock, HostMemory?> _hostMemory;
+    private readonly VirtioOptions _options;
+    private PollLoop? _loop;
+
+    /// <summary>Prepares.</summary>
+    /// <param name="spec">The definition.</param>
+    /// <param name="chars">Makes the host ends of consoles.</param>
+    /// <param name="memory">Guest memory, for the balloon.</param>
+    /// <param name="hostMemory">The host memory behind a block; null when it cannot be released.</param>
+    public Cards(
+        MachineSpec spec, CharFactory chars, GuestMemory memory, Func<RamBlock, HostMemory?> hostMemory)
+    {
+        _spec = spec;
+        _chars = chars;
+        _memory = memory;
+        _hostMemory = hostMemory;
+        _options = new VirtioOptions();
+    }
+
+    /// <summary>The balloon, when the definition has one.</summary>
+    public VirtioBalloon? Balloon { get; private set; }
+
+    /// <summary>Input devices; who has a screen sends to them.</summary>
+    public List<VirtioInput> Inputs { get; } = [];
+
+    private PollLoop Loop => _loop ??= new PollLoop("net " + _spec.Name);
+
+    /// <summary>Makes the cards.</summary>
+    /// <exception cref="HostException">A back end cannot be opened.</exception>
+    /// <exception cref="IOException">An image cannot be opened.</exception>
+    public IEnumerable<PciFunction> Make()
+    {
+        int index = 0;
+        foreach (DiskSpec disk in _spec.Disks)
+        {
+            if (disk.Bus == DiskBus.Virtio && disk.Path is not null)
+            {
+                yield return Card($"disk{index}", Disk(disk, index));
+            }
+
+            index++;
+        }
+
+        index = 0;
+        foreach (NicSpec nic in _spec.Nics)
+        {
+            byte[] mac = MacOf(nic, index);
+            string id = $"net{index++}";
+            switch (nic.Model)
+            {
+                case NicModel.Virtio:
+                    yield return Card(
+                        id, new VirtioNet(MakeNetwork(nic, mac), mac, new VirtioNetOptions { Mtu = (ushort)nic.Mtu }));
+                    break;
+                case NicModel.E1000:
+                    yield return new E1000(id, MakeNetwork(nic, mac), mac);
+                    break;
+            }
+        }
+
+        if (_spec.Rng)
+        {
+            yield return Card("rng0", new VirtioRng(new HostEntropy()));
+        }
+
+        if (_spec.Balloon)
+        {
+            Balloon = new VirtioBalloon(new Reclaimer(_memory, _hostMemory));
+            yield return Card("balloon0", Balloon);
+        }
+
+        if (_spec.Console.Count > 0)
+        {
+            var ports = new List<VirtioConsolePort>();
+            foreach (ConsoleSpec console in _spec.Console)
+            {
+                ICharBackend end = _chars.Make($"console{ports.Count}", console.Backend);
+                ports.Add(new VirtioConsolePort(end, console.Name ?? "", IsConsole: console.Name is null));
+            }
+
+            yield return Card("console", new VirtioConsole(ports));
+        }
+
+        index = 0;
+        foreach (ShareSpec share in _spec.Shares)
+        {
+            yield return Card(
+                $"share{index++}", new Virtio9P(new SharedDirectory(share.Path, share.ReadOnly), share.Tag));
+        }
+
+        if (_spec.Vsock is { } vsock)
+        {
+            yield return Card("vsock0", new VirtioVsock(vsock.Cid, new UnixVsockBackend(Loop, vsock.Path)));
+        }
+
+        foreach (InputDevice input in _spec.Input)
+        {
+            VirtioInputKind? kind = input switch
+            {
+                InputDevice.VirtioKeyboard => VirtioInputKind.Keyboard,
+                InputDevice.VirtioTablet => VirtioInputKind.Tablet,
+                _ => null,
+            };
+            if (kind is { } known)
+            {
+                var model = new VirtioInput(known);
+                Inputs.Add(model);
+                yield return Card($"input{Inputs.Count - 1}", model);
+            }
+        }
+
+        if (_spec.CloudInit is { } cloudInit)
+        {
+            yield return Card("cloud-init", new VirtioBlock(new MemoryBlockBackend(Seed(cloudInit))));
+        }
+    }
+
+    /// <summary>Makes the network behind a card of any model.</summary>
+    /// <exception cref="HostException">It cannot be made.</exception>
+    private INetBackend MakeNetwork(NicSpec nic, byte[] mac)
+    {
+        INetBackend network = nic.Backend switch
+        {
+            NicBackend.User => new UserNetwork(UserOptions(nic, mac)),
+            NicBackend.Tap => new TapNetBackend(Loop, nic.Target!),
+            NicBackend.Socket => new SocketNetBackend(Loop, nic.Target!),
+            _ => new NoNetBackend(),
+        };
+        return nic.BytesPerSecond > 0 ? new LimitedNetBackend(network, nic.BytesPerSecond) : network;
+    }
+
+    /// <summary>A card's address: as defined, or locally administered and derived from the VM's name.</summary>
+    private byte[] MacOf(NicSpec nic, int index)
+    {
+        byte[] mac = new byte[6];
+        if (nic.Mac is { } given)
+        {
+            for (int i = 0; i < 6; i++)
+            {
+                mac[i] = (byte)(given >> (8 * (5 - i)));
+            }
+
+            return mac;
+        }
+
+        byte[] hash = SHA256.HashData(
+            Encoding.UTF8.GetBytes(string.Create(CultureInfo.InvariantCulture, $"{_spec.Name}/{index}")));
+        (mac[0], mac[1], mac[2]) = (0x52, 0x54, hash[0]);
+        hash.AsSpan(1, 3).CopyTo(mac.AsSpan(3));
+        return mac;
+    }
+
+    /// <inheritdoc/>
+    public void Dispose() => _loop?.Dispose();
+
+    private static byte[] Seed(CloudInitSpec spec) => CloudInitSeed.Build(new CloudInitOptions
+    {
+        HostName = spec.Hostname,
+        SshKeys = spec.SshKeys,
+        UserData = spec.UserData is null ? null : File.ReadAllBytes(spec.UserData),
+        Network = spec.Network is null ? null : File.ReadAllBytes(spec.Network),
+    });
+
+    private static VirtioBlock Disk(DiskSpec spec, int index)
+    {
+        string? format = spec.Format switch
+        {
+            DiskFormat.Raw => "raw",
+            DiskFormat.Qcow2 => "qcow2",
+            _ => null,
+        };
+        BlockImage image = DiskImage.Open(spec.Path!, spec.ReadOnly, format);
+        IBlockBackend disk = new ThreadedBlockBackend(image, $"disk{index}");
+        if (spec.BytesPerSecond > 0 || spec.RequestsPerSecond > 0)
+        {
+            disk = new LimitedBlockBackend(disk, spec.BytesPerSecond, spec.RequestsPerSecond);
+        }
+
+        return new VirtioBlock(disk, new VirtioBlockOptions { Serial = spec.Serial ?? $"disk{index}" });
+    }
+
+    private VirtioPci Card(string id, IVirtioModel model) => new(id, model, VirtioPciMode.Transitional, _options);
+
+    private UserNetworkOptions UserOptions(NicSpec nic, byte[] mac)
+    {
+        var forwards = new List<Backends.Net.PortForward>();
+        foreach (Config.PortForward forward in nic.Forward)
+        {
+            forwards.Add(new Backends.Net.PortForward(
+                forward.IsUdp, forward.HostAddress, (ushort)forward.HostPort, (ushort)forward.GuestPort));
+        }
+
+        return new UserNetworkOptions
+        {
+            HostName = _spec.Name,
+            GuestMac = mac,
+            Forwards = forwards,
+            Mtu = nic.Mtu == 0 ? 1500 : nic.Mtu,
+            SwitchDirectory = nic.Network is null ? null : Path.Combine(RunDirectory(), "net", nic.Network),
+        };
+    }
+
+    // As Vmm.Fleet's FleetPaths, which this assembly does not see.
+    private static string RunDirectory()
+    {
+        if (Environment.GetEnvironmentVariable("VMM_RUN_DIR") is { Length: > 0 } given)
+        {
+            return given;
+        }
+
+        if (HostProcess.IsRoot)
+        {
+            return "/var/run/vmm";
+        }
+
+        return Environment.GetEnvironmentVariable("XDG_RUNTIME_DIR") is { Length: > 0 } runtime
+            ? Path.Combine(runtime, "vmm")
+            : Path.Combine(Path.GetTempPath(), "vmm-" + Environment.UserName);
+    }
+
+    /// <summary>The host's random numbers.</summary>
+    private sealed class HostEntropy : IEntropySource
+    {
+        public void Fill(Span<byte> into) => RandomNumberGenerator.Fill(into);
+    }
+
+    /// <summary>A cable with nobody at the other end.</summary>
+    private sealed class NoNetBackend : INetBackend
+    {
+        public bool CanOffload => false;
+
+        public void Send(ReadOnlySpan<byte> frame, in NetOffload offload)
+        {
+        }
+
+        public void Attach(INetReceiver receiver)
+        {
+        }
+
+        public void ResumeReceive()
+        {
+        }
+
+        public void Dispose()
+        {
+        }
+    }
+
+    /// <summary>Gives ballooned pages back to the host.</summary>
+    private sealed class Reclaimer(GuestMemory memory, Func<RamBlock, HostMemory?> hostMemory) : IMemoryReclaimer
+    {
+        public bool TryRelease(ulong guestAddress, ulong lengthBytes)
+        {
+            while (lengthBytes > 0)
+            {
+                if (!memory.TryFind(guestAddress, out RamRange range) || range.ReadOnly
+                    || hostMemory(range.Block) is not { } host)
+                {
+                    return false;
+                }
+
+                ulong inside = guestAddress - range.GuestAddress;
+                ulong part = Math.Min(lengthBytes, range.LengthBytes - inside);
+                if (!host.TryDiscard((long)(range.Offset + inside), (long)part))
+                {
+                    return false;
+                }
+
+                // The pages read as zeroes now: that is a change like a write.
+                for (ulong done = 0; done < part;)
+                {
+                    int step = (int)Math.Min(part - done, 1 << 30);
+                    memory.MarkWritten(guestAddress + done, step);
+                    done += (ulong)step;
+                }
+
+                guestAddress += part;
+                lengthBytes -= part;
+            }
+
+            return true;
+        }
+    }
+}
