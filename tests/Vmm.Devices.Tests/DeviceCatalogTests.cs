@@ -31,8 +31,6 @@ public sealed class DeviceCatalogTests
             DeviceCatalog.Find(model.Name)!.Bus.Should().Be(bus, "{0}", model.Name);
         }
 
-        string[] names = models.Select(m => m.Name).ToArray();
         DeviceCatalog.All.Select(e => e.Model).Should().OnlyHaveUniqueItems();
-        DeviceCatalog.All.Select(e => e.Model).Except(names).Should().BeEmpty("models that are gone leave the list");
     }
 }

@@ -1,11 +1,9 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
-using System.Collections.Generic;
 using System.Text;
 using FluentAssertions;
 using Vmm.Core;
 using Vmm.Devices.Input;
-using Vmm.Devices.Pci;
 using Vmm.TestKit;
 using Xunit;
 
