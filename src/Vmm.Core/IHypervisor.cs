@@ -251,9 +251,10 @@ public interface IVcpu : IDisposable
     void WriteState(CpuState state);
 
     /// <summary>
-    /// Copies out what most single instructions need: general and control registers, EFER, RIP, flags, segments,
-    /// tables, pending event and shadows. XSAVE area, XCR0, debug registers and MSRs keep what <paramref name="state"/>
-    /// had. Much cheaper than <see cref="ReadState"/> with some drivers.
+    /// Copies out what the execution of an instruction can touch: general and control registers, EFER, RIP, flags,
+    /// segments, tables, pending event, shadows, XSAVE area and XCR0. Debug registers, MSRs, activity and a local APIC in
+    /// the driver keep what <paramref name="state"/> had: writing those back would undo what happened meanwhile (time, an
+    /// interrupt that arrived).
     /// </summary>
     void ReadRegisters(CpuState state) => ReadState(state);
 

@@ -32,6 +32,7 @@ internal sealed unsafe class VcpuStateAccess
     private readonly List<uint> _msrs;
     private readonly bool _isUserIrqchip;
     private readonly bool _canUseRunPage;
+    private readonly byte[] _lastXsave = new byte[CpuState.XsaveAreaBytes];
     private byte[] _msrBuffer = [];
     private bool _pageIsCurrent;
 
@@ -106,8 +107,6 @@ internal sealed unsafe class VcpuStateAccess
         }
 
         ReadRegisters(state);
-        ReadXsave(state);
-        ReadXcrs(state);
         ReadDebugRegisters(state);
         ReadMsrs(state);
         ReadLocalApic(state);
@@ -133,6 +132,9 @@ internal sealed unsafe class VcpuStateAccess
 
     internal void ReadRegisters(CpuState state)
     {
+        ReadXcrs(state);
+        ReadXsave(state);
+        state.Xsave.CopyTo(_lastXsave, 0);
         if (_pageIsCurrent)
         {
             FromKvm(_run->s.regs, state);
@@ -154,6 +156,12 @@ internal sealed unsafe class VcpuStateAccess
 
     internal void WriteRegisters(CpuState state)
     {
+        // Most instructions leave the vectors alone.
+        if (!state.Xsave.AsSpan().SequenceEqual(_lastXsave))
+        {
+            WriteXsave(state);
+        }
+
         if (!_pageIsCurrent)
         {
             WriteSpecial(state);

@@ -86,6 +86,7 @@ public sealed class MachineBuilder : IDisposable
             new CpuTopology(_spec.Cpus.Count, _spec.Cpus.Sockets, _spec.Cpus.Threads),
             mode == IrqchipMode.User,
             _hypervisor.Capabilities.UserApicMsrs);
+        var completion = new Completion(slots, options, model.For, interrupts.LocalApics, _spec.Cpus.Count);
         MachineParts parts = _parts = new MachineParts
         {
             Hypervisor = _hypervisor,
@@ -94,12 +95,13 @@ public sealed class MachineBuilder : IDisposable
             Memory = _memory,
             Layout = _layout,
             Clock = _clock,
-            Completer = new Completion(vm, _memory, options),
+            Completer = completion,
             CpuSignature = model.Signature,
         };
         parts.Ports.AddRange(interrupts.LocalApics);
         parts.Devices.AddRange(interrupts.Devices);
         parts.Blocks.AddRange(_blocks);
+        parts.Resources.Add(completion);
         parts.Resources.AddRange(_blocks);
         parts.Resources.Add(_chars);
         _memory.SetViewListener(slots.Apply);

@@ -19,6 +19,7 @@ internal sealed class MemorySlots
     private readonly IVm _vm;
     private readonly RamRange?[] _slots;
     private ulong[] _bitmap = [];
+    private Table _current = new([]);
 
     /// <summary>Makes the table of a VM.</summary>
     public MemorySlots(IVm vm, int maxSlots)
@@ -26,6 +27,9 @@ internal sealed class MemorySlots
         _vm = vm;
         _slots = new RamRange?[Math.Min(maxSlots, 512)];
     }
+
+    /// <summary>The slots as they are; another object after every change. Any thread.</summary>
+    public Table Current => Volatile.Read(ref _current);
 
     /// <summary>Applies a new view.</summary>
     /// <exception cref="HypervisorException">The driver refused, or has too few slots.</exception>
@@ -57,13 +61,20 @@ internal sealed class MemorySlots
                     throw new HypervisorException($"the driver has only {_slots.Length} memory slots");
                 }
 
-                nint flags = range.Block.PageFlagsAddress + (nint)(range.Offset / RamBlock.PageBytes);
-                nint host = range.Block.HostAddress + (nint)range.Offset;
-                _vm.SetMemorySlot(
-                    free,
-                    new MemorySlot(range.GuestAddress, range.LengthBytes, host, range.ReadOnly, range.LogDirty, flags));
+                _vm.SetMemorySlot(free, ToSlot(range));
                 _slots[free] = range;
             }
+
+            var slots = ImmutableArray.CreateBuilder<MemorySlot>();
+            foreach (RamRange? range in _slots)
+            {
+                if (range is not null)
+                {
+                    slots.Add(ToSlot(range));
+                }
+            }
+
+            Volatile.Write(ref _current, new Table(slots.ToImmutable()));
         }
     }
 
@@ -81,6 +92,14 @@ internal sealed class MemorySlots
             }
         }
     }
+
+    private static MemorySlot ToSlot(RamRange range) => new(
+        range.GuestAddress,
+        range.LengthBytes,
+        range.Block.HostAddress + (nint)range.Offset,
+        range.ReadOnly,
+        range.LogDirty,
+        range.Block.PageFlagsAddress + (nint)(range.Offset / RamBlock.PageBytes));
 
     private void Collect(int slot, RamRange range)
     {
@@ -102,4 +121,8 @@ internal sealed class MemorySlots
             range.Block.MergeDirty(range.Offset / RamBlock.PageBytes, bitmap);
         }
     }
+
+    /// <summary>All slots at one moment.</summary>
+    /// <param name="Slots">In no particular order.</param>
+    internal sealed record Table(ImmutableArray<MemorySlot> Slots);
 }
