@@ -37,7 +37,7 @@ public static class AccelChooser
             AccelChoice? choice = name switch
             {
                 "kvm" => TryKvm(failures, mustBeFast: false),
-                "soft" => new AccelChoice(OpenSoft(), "the software CPU, as asked"),
+                "soft" => OpenSoft("the software CPU, as asked"),
                 "auto" => Auto(failures),
                 _ => null,
             };
@@ -57,7 +57,7 @@ public static class AccelChooser
             return kvm;
         }
 
-        return new AccelChoice(OpenSoft(), $"the software CPU, because {string.Join("; ", failures)}");
+        return OpenSoft($"the software CPU, because {string.Join("; ", failures)}");
     }
 
     private static AccelChoice? TryKvm(List<string> failures, bool mustBeFast)
@@ -81,6 +81,10 @@ public static class AccelChooser
         }
     }
 
-    private static SoftHypervisor OpenSoft() =>
-        new(CodeMemory.TryCreate(SoftHypervisor.CodeMemoryBytes, out _));
+    private static AccelChoice OpenSoft(string why)
+    {
+        CodeMemory? code = CodeMemory.TryCreate(SoftHypervisor.CodeMemoryBytes, out string? refusal);
+        var soft = new SoftHypervisor(code, refusal);
+        return new AccelChoice(soft, soft.Restriction is null ? why : $"{why} ({soft.Restriction})");
+    }
 }

@@ -68,6 +68,7 @@ public sealed class MachineBuilder : IDisposable
         AddRam();
         IrqchipMode mode = ChooseIrqchip();
         Action<byte>? endOfInterrupt = null;
+        IIrqLine? numericError = null;
         var options = new VmOptions
         {
             Ports = _ports,
@@ -75,11 +76,18 @@ public sealed class MachineBuilder : IDisposable
             Clock = _clock,
             Irqchip = mode,
             OnIoApicEoi = vector => endOfInterrupt?.Invoke(vector),
+            OnNumericError = () =>
+            {
+                // FERR# arrives as an edge on IRQ 13, as the PIIX3 makes it.
+                numericError?.Set(true);
+                numericError?.Set(false);
+            },
         };
         IVm vm = _hypervisor.CreateVm(options);
         var slots = new MemorySlots(vm, _hypervisor.Capabilities.MaxMemorySlots);
         InterruptWiring interrupts = InterruptWiring.Make(
             vm, options, _spec.Cpus.Count, _hypervisor.Capabilities.TscKhz, eoi => endOfInterrupt = eoi);
+        numericError = interrupts.Line(13);
         var model = new CpuModel(
             _hypervisor.SupportedCpuid,
             FindModel(),

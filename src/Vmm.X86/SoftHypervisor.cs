@@ -17,16 +17,16 @@ public sealed class SoftHypervisor : IHypervisor
     /// Memory for generated code, of <see cref="CodeMemoryBytes"/>; the caller disposes it after this. Null when the host
     /// forbids it: guests then get a processor without x87, MMX, SSE and AVX (see <see cref="Restriction"/>).
     /// </param>
-    public SoftHypervisor(ICodeMemory? code)
+    /// <param name="refusal">Why there is none, in a line.</param>
+    public SoftHypervisor(ICodeMemory? code, string? refusal = null)
     {
+        Restriction = code is null ? $"no x87, MMX, SSE and AVX for guests: {refusal ?? "no executable memory"}" : null;
         _thunks = code is null ? null : new ThunkCache(code);
         SupportedCpuid = CpuidTable.Build(hasVectorUnit: code is not null);
     }
 
     /// <summary>Null, or one line that says what guests go without and why.</summary>
-    public string? Restriction => _thunks is null
-        ? "no x87, MMX, SSE and AVX for guests: the host forbids executable memory"
-        : null;
+    public string? Restriction { get; }
 
     /// <summary>Frequency of the guest's TSC: one tick a nanosecond.</summary>
     public const long TscKhz = 1_000_000;
