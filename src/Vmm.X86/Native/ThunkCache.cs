@@ -63,6 +63,15 @@ internal unsafe struct Thunk
     /// <summary>Alignment that the memory operand must have (#GP otherwise); 1 for none.</summary>
     public int Alignment;
 
+    /// <summary>
+    /// x87 with few registers: operands ST(0) at p0, ST(i) at p1, memory at p2, the pushed register at p3; answers FSW.
+    /// Null when there is none.
+    /// </summary>
+    public delegate* unmanaged<void*, void*, void*, void*, CpuContext*, uint> LightEntry;
+
+    /// <summary>Describes <see cref="LightEntry"/>.</summary>
+    public X87Light Light;
+
     /// <summary>VCVTPS2PH: elements converted; otherwise 0.</summary>
     public int HalfElements;
 
@@ -99,6 +108,10 @@ internal unsafe struct VectorScratch
     /// <summary>Always <see cref="HostMxcsrValue"/>.</summary>
     [FieldOffset(0x8C)]
     public uint HostMxcsr;
+
+    /// <summary>Always FNINIT's control word, which the host's x87 keeps outside thunks.</summary>
+    [FieldOffset(0x98)]
+    public ushort HostFcw;
 
     /// <summary>RFLAGS in and out.</summary>
     [FieldOffset(0x90)]
@@ -231,9 +244,18 @@ internal sealed unsafe class ThunkCache : IDisposable
         var form = new Form(original, _info);
         _buffer.Clear();
         int careful = -1;
+        int lightAt = -1;
+        X87Light light = default;
         if (form.IsX87)
         {
             form.EmitX87(_buffer);
+            light = X87Light.Of(original);
+            if (light.Result != X87Result.NotLight)
+            {
+                _buffer.Align();
+                lightAt = _buffer.Length;
+                form.EmitLight(_buffer, light, original);
+            }
         }
         else
         {
@@ -260,6 +282,10 @@ internal sealed unsafe class ThunkCache : IDisposable
         thunk->Careful = careful < 0
             ? null
             : (delegate* unmanaged<void*, void*, void*, void*, CpuContext*, uint>)(entry + careful);
+        thunk->LightEntry = lightAt < 0
+            ? null
+            : (delegate* unmanaged<void*, void*, void*, void*, CpuContext*, uint>)(entry + lightAt);
+        thunk->Light = light;
         thunk->MemoryBytes = form.MemoryBytes;
         thunk->MemoryOperand = form.MemoryOperand;
         thunk->IsStore = form.IsStore;
@@ -326,6 +352,14 @@ internal sealed unsafe class ThunkCache : IDisposable
         public int JumpIfNotZero()
         {
             WriteByte(0x75);
+            WriteByte(0);
+            return Length;
+        }
+
+        /// <summary>JE, likewise.</summary>
+        public int JumpIfZero()
+        {
+            WriteByte(0x74);
             WriteByte(0);
             return Length;
         }
@@ -582,6 +616,84 @@ internal sealed unsafe class ThunkCache : IDisposable
             to.Emit(Instruction.Create(Code.Fxsave64_m512byte, InContext(VectorScratch.Offset + 0x100)));
             to.Emit(Instruction.Create(Code.Fninit));
             to.Emit(Instruction.Create(Code.Ldmxcsr_m32, InContext(VectorScratch.Offset + 0x8C)));
+            to.Emit(Instruction.Create(Code.Retnq));
+        }
+
+        public void EmitLight(CodeBuffer to, in X87Light light, in Instruction original)
+        {
+            MemoryOperand fcw = InContext(CpuContext.XsaveOffset + XsaveLayout.Fcw);
+            to.Emit(Instruction.Create(Code.Cmp_rm16_imm16, fcw, (uint)XsaveLayout.FcwInit));
+            int skipLoad = to.JumpIfZero();
+            to.Emit(Instruction.Create(Code.Fldcw_m2byte, fcw));
+            to.Land(skipLoad);
+            int depth = 0;
+            if (light.UsesOther)
+            {
+                to.Emit(Instruction.Create(Code.Fld_m80fp, new MemoryOperand(Register.RSI)));
+                depth++;
+            }
+
+            if (light.UsesTop)
+            {
+                to.Emit(Instruction.Create(Code.Fld_m80fp, new MemoryOperand(Register.RDI)));
+                depth++;
+            }
+
+            Instruction host = _host;
+            for (int i = 0; i < host.OpCount; i++)
+            {
+                if (host.GetOpKind(i) == OpKind.Memory)
+                {
+                    host.MemoryBase = Register.RDX;
+                }
+                else if (host.GetOpKind(i) == OpKind.Register && host.GetOpRegister(i) != Register.ST0)
+                {
+                    host.SetOpRegister(i, Register.ST1);
+                }
+            }
+
+            to.Emit(host);
+            depth += (light.Result == X87Result.Pushed ? 1 : 0) - light.Pops;
+            if (WritesFlags)
+            {
+                to.Emit(Instruction.Create(Code.Pushfq));
+                to.Emit(Instruction.Create(Code.Pop_rm64, InContext(VectorScratch.Offset + 0x90)));
+            }
+
+            to.Emit(Instruction.Create(Code.Fnstsw_AX, Register.AX));
+            if (light.Result == X87Result.Other && light.Pops == 0)
+            {
+                to.Emit(Instruction.Create(Code.Fstp_sti, Register.ST0));
+                depth--;
+            }
+
+            if (light.Result is X87Result.Top or X87Result.Other or X87Result.Pushed)
+            {
+                Register into = light.Result switch
+                {
+                    X87Result.Top => Register.RDI,
+                    X87Result.Other => Register.RSI,
+                    _ => Register.RCX,
+                };
+                to.Emit(Instruction.Create(Code.Fstp_m80fp, new MemoryOperand(into)));
+                depth--;
+            }
+
+            for (; depth > 0; depth--)
+            {
+                to.Emit(Instruction.Create(Code.Fstp_sti, Register.ST0));
+            }
+
+            // The host's flags are sticky: they must be clear when the next thunk starts.
+            to.Emit(Instruction.Create(Code.Test_rm8_imm8, Register.AL, 0x7F));
+            int skipClear = to.JumpIfZero();
+            to.Emit(Instruction.Create(Code.Fnclex));
+            to.Land(skipClear);
+            to.Emit(Instruction.Create(Code.Cmp_rm16_imm16, fcw, (uint)XsaveLayout.FcwInit));
+            int skipRestore = to.JumpIfZero();
+            to.Emit(Instruction.Create(Code.Fldcw_m2byte, InContext(VectorScratch.Offset + 0x98)));
+            to.Land(skipRestore);
+            to.Emit(Instruction.Create(Code.Movzx_r32_rm16, Register.EAX, Register.AX));
             to.Emit(Instruction.Create(Code.Retnq));
         }
 

@@ -52,8 +52,11 @@ internal static unsafe class VectorUnit
     public static int XmmOffset(int number) => CpuContext.XsaveOffset + XsaveLayout.Xmm + (16 * number);
 
     /// <summary>Puts the constants of the work area in place; call once per context.</summary>
-    public static void Initialise(CpuContext* cpu) =>
+    public static void Initialise(CpuContext* cpu)
+    {
         VectorScratch.Of(cpu)->HostMxcsr = VectorScratch.HostMxcsrValue;
+        VectorScratch.Of(cpu)->HostFcw = XsaveLayout.FcwInit;
+    }
 
     /// <summary>
     /// Binds an instruction of the vector unit. Operands that are registers and the memory operand are expected to be

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System.Runtime.CompilerServices;
+using System.Runtime.Intrinsics;
 using Iced.Intel;
 
 namespace Vmm.X86;
@@ -23,6 +24,7 @@ internal static unsafe class X87
     private const ushort Exceptions = 0x3F;
     private const ushort ErrorSummary = 0x80;
     private const ushort Busy = 0x8000;
+    private const int RoundedUp = 0x200;
     private const ushort TopMask = 0x3800;
     private const int Slots = CpuContext.XsaveOffset + XsaveLayout.St;
 
@@ -45,6 +47,7 @@ internal static unsafe class X87
 
         insn->Aux = thunk;
         insn->Handler = thunk->MemoryOperand < 0 ? &Register : thunk->IsStore ? &Store : &Load;
+        BindMove(instruction, insn);
         return true;
     }
 
@@ -162,6 +165,18 @@ internal static unsafe class X87
 
         var thunk = (Thunk*)insn->Aux;
         VectorScratch* scratch = VectorScratch.Of(cpu);
+        if (RunLight(cpu, thunk, null))
+        {
+            if (thunk->WritesFlags)
+            {
+                Flags.SetArithmetic(cpu, scratch->Flags);
+            }
+
+            cpu->Fip = Insn.Address(cpu, insn);
+            cpu->Fop = (ushort)insn->Immediate;
+            return Status.Next;
+        }
+
         bool usesFlags = thunk->ReadsFlags || thunk->WritesFlags;
         if (usesFlags)
         {
@@ -192,6 +207,12 @@ internal static unsafe class X87
         if (memory == null)
         {
             return Status.Fault;
+        }
+
+        if (RunLight(cpu, thunk, memory))
+        {
+            SetPointers(cpu, insn);
+            return Status.Next;
         }
 
         if (thunk->MemoryOperand == 0)
@@ -227,6 +248,12 @@ internal static unsafe class X87
         // bytes alone, and the status word says so.
         const ushort NoStore = 0x1F;
         VectorScratch* scratch = VectorScratch.Of(cpu);
+        if (RunLight(cpu, thunk, scratch->Memory))
+        {
+            SetPointers(cpu, insn);
+            return Mem.WriteBytes(cpu, linear, scratch->Memory, size) ? Status.Next : Status.Fault;
+        }
+
         thunk->Fast(scratch->Memory, null, null, null, cpu);
         ushort before = cpu->Fsw;
         ushort after = *(ushort*)(scratch->X87 + XsaveLayout.Fsw);
@@ -238,6 +265,172 @@ internal static unsafe class X87
         Commit(cpu, scratch);
         SetPointers(cpu, insn);
         return Status.Next;
+    }
+
+    // Register moves: FXCH, FLD ST(i), FST(P) ST(i).
+    private static void BindMove(in Instruction instruction, Insn* insn)
+    {
+        if (instruction.OpCount == 0 || instruction.Op0Kind != OpKind.Register)
+        {
+            return;
+        }
+
+        int last = instruction.GetOpRegister(instruction.OpCount - 1) - Iced.Intel.Register.ST0;
+        int first = instruction.Op0Register - Iced.Intel.Register.ST0;
+        switch (instruction.Mnemonic)
+        {
+            case Mnemonic.Fxch:
+                insn->R0 = (ushort)last;
+                insn->Handler = &Exchange;
+                break;
+            case Mnemonic.Fld:
+                insn->R0 = (ushort)last;
+                insn->Handler = &LoadRegister;
+                break;
+            case Mnemonic.Fst or Mnemonic.Fstp:
+                insn->R0 = (ushort)first;
+                insn->R1 = instruction.Mnemonic == Mnemonic.Fstp ? (ushort)1 : (ushort)0;
+                insn->Handler = &StoreRegister;
+                break;
+        }
+    }
+
+    private static Status Exchange(CpuContext* cpu, Insn* insn)
+    {
+        if (!Ready(cpu, insn, out Status status))
+        {
+            return status;
+        }
+
+        int other = insn->R0;
+        if (!IsFull(cpu, 0) || !IsFull(cpu, other))
+        {
+            return Register(cpu, insn);
+        }
+
+        Vector128<byte>* slots = SlotsOf(cpu);
+        (slots[0], slots[other]) = (slots[other], slots[0]);
+        return EndMove(cpu, insn);
+    }
+
+    private static Status LoadRegister(CpuContext* cpu, Insn* insn)
+    {
+        if (!Ready(cpu, insn, out Status status))
+        {
+            return status;
+        }
+
+        if (!IsFull(cpu, insn->R0) || IsFull(cpu, 7))
+        {
+            return Register(cpu, insn);
+        }
+
+        Vector128<byte> value = SlotsOf(cpu)[insn->R0];
+        Push(cpu);
+        SlotsOf(cpu)[0] = value;
+        return EndMove(cpu, insn);
+    }
+
+    private static Status StoreRegister(CpuContext* cpu, Insn* insn)
+    {
+        if (!Ready(cpu, insn, out Status status))
+        {
+            return status;
+        }
+
+        int other = insn->R0;
+        if (!IsFull(cpu, 0))
+        {
+            return Register(cpu, insn);
+        }
+
+        SlotsOf(cpu)[other] = SlotsOf(cpu)[0];
+        cpu->Ftw |= (byte)(1 << (((cpu->Fsw >> 11) + other) & 7));
+        if (insn->R1 != 0)
+        {
+            Pop(cpu);
+        }
+
+        return EndMove(cpu, insn);
+    }
+
+    private static Status EndMove(CpuContext* cpu, Insn* insn)
+    {
+        cpu->Fsw = (ushort)(cpu->Fsw & ~RoundedUp);
+        cpu->Fip = Insn.Address(cpu, insn);
+        cpu->Fop = (ushort)insn->Immediate;
+        return Status.Next;
+    }
+
+    private static Vector128<byte>* SlotsOf(CpuContext* cpu) => (Vector128<byte>*)((byte*)cpu + Slots);
+
+    private static bool IsFull(CpuContext* cpu, int register) =>
+        (cpu->Ftw & (1 << (((cpu->Fsw >> 11) + register) & 7))) != 0;
+
+    // The register that a push uses was ST(7); the others move up by one.
+    private static void Push(CpuContext* cpu)
+    {
+        Vector128<byte>* slots = SlotsOf(cpu);
+        Vector128<byte> last = slots[7];
+        for (int i = 7; i > 0; i--)
+        {
+            slots[i] = slots[i - 1];
+        }
+
+        slots[0] = last;
+        int top = ((cpu->Fsw >> 11) - 1) & 7;
+        cpu->Fsw = (ushort)((cpu->Fsw & ~TopMask) | (top << 11));
+        cpu->Ftw |= (byte)(1 << top);
+    }
+
+    private static void Pop(CpuContext* cpu)
+    {
+        Vector128<byte>* slots = SlotsOf(cpu);
+        Vector128<byte> first = slots[0];
+        for (int i = 0; i < 7; i++)
+        {
+            slots[i] = slots[i + 1];
+        }
+
+        slots[7] = first;
+        int top = (cpu->Fsw >> 11) & 7;
+        cpu->Ftw = (byte)(cpu->Ftw & ~(1 << top));
+        cpu->Fsw = (ushort)((cpu->Fsw & ~TopMask) | (((top + 1) & 7) << 11));
+    }
+
+    // Everything masked and no stack fault possible: see Native/X87Light.cs.
+    private static bool RunLight(CpuContext* cpu, Thunk* thunk, byte* memory)
+    {
+        if (thunk->LightEntry == null || (cpu->Fcw & Exceptions) != Exceptions)
+        {
+            return false;
+        }
+
+        X87Light* light = &thunk->Light;
+        if ((light->UsesTop && !IsFull(cpu, 0)) || (light->UsesOther && !IsFull(cpu, light->Other)) ||
+            (light->Result == X87Result.Pushed && IsFull(cpu, 7)))
+        {
+            return false;
+        }
+
+        Vector128<byte>* slots = SlotsOf(cpu);
+        VectorScratch* scratch = VectorScratch.Of(cpu);
+        uint status = thunk->LightEntry(slots, slots + light->Other, memory, scratch->X87, cpu);
+        if (light->Result == X87Result.Pushed)
+        {
+            Push(cpu);
+            *(ulong*)slots = *(ulong*)scratch->X87;
+            *((ulong*)slots + 1) = *(ushort*)(scratch->X87 + 8);
+        }
+
+        for (int i = 0; i < light->Pops; i++)
+        {
+            Pop(cpu);
+        }
+
+        uint defined = light->Conditions;
+        cpu->Fsw = (ushort)((cpu->Fsw & ~defined) | (status & (defined | 0x7F)));
+        return true;
     }
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
