@@ -135,7 +135,7 @@ unload_test() {
 
 boot() {			# name, command...
 	name=$1; shift
-	$b timeout -s KILL 240 "$@" </dev/null >/tmp/log 2>&1
+	$b timeout -s KILL 500 "$@" </dev/null >/tmp/log 2>&1
 	$b grep -q 'inner: slept, x86_64' /tmp/log
 	st=$?
 	[ $st = 0 ] || $b grep -v "host doesn.t support" /tmp/log | $b tail -n 30 | $b sed 's/^/# /'
