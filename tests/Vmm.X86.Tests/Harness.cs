@@ -114,12 +114,17 @@ internal sealed unsafe class TestVm : IDisposable
     public const ulong StackTop = 0xA0000;
     public const ulong TssAt = 0x93000;
 
+    private const int MarginBytes = 64 << 10;
+    private const byte Poison = 0xA7;
+    private readonly byte* _block;
     private readonly byte* _memory;
     private readonly byte* _flags;
 
     public TestVm(ulong bytes = 4 << 20, int vcpus = 1)
     {
-        _memory = (byte*)NativeMemory.AlignedAlloc((nuint)bytes, 4096);
+        _block = (byte*)NativeMemory.AlignedAlloc((nuint)bytes + (2 * MarginBytes), 4096);
+        new Span<byte>(_block, (int)bytes + (2 * MarginBytes)).Fill(Poison);
+        _memory = _block + MarginBytes;
         NativeMemory.Clear(_memory, (nuint)bytes);
         _flags = (byte*)NativeMemory.AllocZeroed((nuint)(bytes >> 12) + 8);
         Bytes = bytes;
@@ -161,6 +166,11 @@ internal sealed unsafe class TestVm : IDisposable
     public Span<byte> Flags => new(_flags, (int)(Bytes >> 12));
 
     public nint Host => (nint)_memory;
+
+    /// <summary>False when something wrote beside guest memory.</summary>
+    public bool MarginsAreIntact =>
+        new ReadOnlySpan<byte>(_block, MarginBytes).IndexOfAnyExcept(Poison) < 0 &&
+        new ReadOnlySpan<byte>(_memory + Bytes, MarginBytes).IndexOfAnyExcept(Poison) < 0;
 
     public ulong Read64(ulong address) => MemoryMarshal.Read<ulong>(Memory[(int)address..]);
 
@@ -300,7 +310,7 @@ internal sealed unsafe class TestVm : IDisposable
     public void Dispose()
     {
         Vm.Dispose();
-        NativeMemory.AlignedFree(_memory);
+        NativeMemory.AlignedFree(_block);
         NativeMemory.Free(_flags);
     }
 
