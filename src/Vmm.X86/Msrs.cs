@@ -104,6 +104,7 @@ internal static unsafe class Msrs
             case 0xC001102A:    // BU_CFG2
             case 0xC001001A:    // TOP_MEM
             case 0xC001001D:    // TOP_MEM2
+            case >= 0xC0010000 and <= 0xC0010007:   // four event selectors and counters that never count
                 value = 0;
                 return true;
             default:
@@ -237,6 +238,7 @@ internal static unsafe class Msrs
             case 0xC001102A:
             case 0xC001001A:
             case 0xC001001D:
+            case >= 0xC0010000 and <= 0xC0010007:
                 return true;
             case MtrrCap:
             case McgCap:
