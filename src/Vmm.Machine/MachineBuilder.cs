@@ -84,6 +84,12 @@ public sealed class MachineBuilder : IDisposable
             },
         };
         IVm vm = _hypervisor.CreateVm(options);
+        if (vm is Vmm.X86.SoftVm software)
+        {
+            // Devices that write over decoded code tell the software CPU.
+            _memory.SetCodeListener(software.NotifyCodeWritten);
+        }
+
         var slots = new MemorySlots(vm, _hypervisor.Capabilities.MaxMemorySlots);
         InterruptWiring interrupts = InterruptWiring.Make(
             vm, options, _spec.Cpus.Count, _hypervisor.Capabilities.TscKhz, eoi => endOfInterrupt = eoi);

@@ -182,8 +182,10 @@ internal static unsafe class Msrs
                 value &= 0x43;
                 break;
             case >= 0x400 and < 0x400 + (McBanks * 4):
-                // Only 0 and all ones may be written to STATUS and ADDR (SDM 3B 15.3.2.2); CTL takes anything.
-                if ((index & 3) != 0 && value != 0 && value != ulong.MaxValue && (cpu->Msr.HwCr & (1 << 18)) == 0)
+                // CTL takes all zeroes or all ones; STATUS takes 0 unless HWCR.McStatusWrEn is set (APM 2 9.3.2).
+                bool statusOpen = (cpu->Msr.HwCr & (1 << 18)) != 0;
+                if (((index & 3) == 0 && value != 0 && (value | (1 << 10)) != ulong.MaxValue) ||
+                    ((index & 3) == 1 && value != 0 && !statusOpen))
                 {
                     return false;
                 }

@@ -324,7 +324,9 @@ internal static unsafe partial class Segmentation
         bool conformingCode = (segment->Rights & (CodeBit | DirectionBit)) == (CodeBit | DirectionBit);
         if (!conformingCode && segment->Dpl < cpu->Cpl)
         {
-            AssignNull(cpu, index, 0);
+            // The base stays: in 64-bit mode FS and GS go on addressing with it.
+            segment->Selector = 0;
+            segment->Rights |= UnusableBit;
         }
     }
 }

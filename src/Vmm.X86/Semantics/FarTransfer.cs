@@ -883,6 +883,16 @@ internal static unsafe class FarTransfer
 
             SetFlags(cpu, cpu->Gpr[11], 0x3FFFFF & ~(Rflags.Rf | Rflags.Vm));
             cpu->RflagsSystem &= ~(Rflags.Rf | Rflags.Vm);
+
+            // A single-step trap follows when TF is set at the end of SYSRET, whatever it was before.
+            if ((cpu->RflagsSystem & Rflags.Tf) != 0)
+            {
+                cpu->PendingDebug |= 0x4000;
+            }
+            else
+            {
+                SoftVcpu.From(cpu).SuppressTrap();
+            }
         }
         else
         {
