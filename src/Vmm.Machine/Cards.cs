@@ -5,7 +5,6 @@ using System.Globalization;
 using System.IO;
 using System.Security.Cryptography;
 using System.Text;
-using Vmm.Backends.Block;
 using Vmm.Backends.CloudInit;
 using Vmm.Backends.Limits;
 using Vmm.Backends.Net;
@@ -21,7 +20,7 @@ namespace Vmm.Machine;
 
 /// <summary>
 /// Makes the PCI cards of a definition that are VirtIO or Ethernet, with their back ends, in a fixed order, so that the same definition gives the
-/// same PCI addresses: disks, network cards, random numbers, balloon, consoles, shares, sockets, input, cloud-init's seed.
+/// same PCI addresses: network cards, random numbers, balloon, consoles, shares, sockets, input, cloud-init's seed.
 /// </summary>
 internal sealed class Cards : IDisposable
 {
@@ -57,21 +56,10 @@ internal sealed class Cards : IDisposable
 
     /// <summary>Makes the cards.</summary>
     /// <exception cref="HostException">A back end cannot be opened.</exception>
-    /// <exception cref="IOException">An image cannot be opened.</exception>
+    /// <exception cref="IOException">A file of cloud-init's cannot be read.</exception>
     public IEnumerable<PciFunction> Make()
     {
         int index = 0;
-        foreach (DiskSpec disk in _spec.Disks)
-        {
-            if (disk.Bus == DiskBus.Virtio && disk.Path is not null)
-            {
-                yield return Card($"disk{index}", Disk(disk, index));
-            }
-
-            index++;
-        }
-
-        index = 0;
         foreach (NicSpec nic in _spec.Nics)
         {
             byte[] mac = MacOf(nic, index);
@@ -190,24 +178,6 @@ internal sealed class Cards : IDisposable
         UserData = spec.UserData is null ? null : File.ReadAllBytes(spec.UserData),
         Network = spec.Network is null ? null : File.ReadAllBytes(spec.Network),
     });
-
-    private static VirtioBlock Disk(DiskSpec spec, int index)
-    {
-        string? format = spec.Format switch
-        {
-            DiskFormat.Raw => "raw",
-            DiskFormat.Qcow2 => "qcow2",
-            _ => null,
-        };
-        BlockImage image = DiskImage.Open(spec.Path!, spec.ReadOnly, format);
-        IBlockBackend disk = new ThreadedBlockBackend(image, $"disk{index}");
-        if (spec.BytesPerSecond > 0 || spec.RequestsPerSecond > 0)
-        {
-            disk = new LimitedBlockBackend(disk, spec.BytesPerSecond, spec.RequestsPerSecond);
-        }
-
-        return new VirtioBlock(disk, new VirtioBlockOptions { Serial = spec.Serial ?? $"disk{index}" });
-    }
 
     private VirtioPci Card(string id, IVirtioModel model) => new(id, model, VirtioPciMode.Transitional, _options);
 

@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
-using System.Collections.Generic;
-using System.Diagnostics;
 using System.Threading;
 using FluentAssertions;
 using Vmm.Backends.Limits;
@@ -58,31 +56,6 @@ public sealed class LimitTests
     }
 
     [Fact]
-    public void Disk_BeyondLimit_WaitsInOrder_DrainLetsGo()
-    {
-        var inner = new Disk();
-        using var disk = new LimitedBlockBackend(inner, 0, 10);
-        var clock = Stopwatch.StartNew();
-        for (int i = 0; i < 4; i++)
-        {
-            disk.Submit(new Request { OffsetBytes = i });
-        }
-
-        inner.Seen.Should().HaveCountLessThan(4);
-        SpinWait.SpinUntil(() => inner.Count == 4, 10_000).Should().BeTrue();
-        clock.ElapsedMilliseconds.Should().BeGreaterThan(250, "one goes at once, the others every 100 ms");
-        inner.Seen.Should().Equal(0, 1, 2, 3);
-        for (int i = 4; i < 40; i++)
-        {
-            disk.Submit(new Request { OffsetBytes = i });
-        }
-
-        disk.Drain();
-        inner.Count.Should().Be(40);
-        inner.Seen.Should().BeInAscendingOrder();
-    }
-
-    [Fact]
     public void Net_BeyondLimit_DelaysThenDrops_AndHoldsReceive()
     {
         var inner = new Net();
@@ -108,65 +81,6 @@ public sealed class LimitTests
         device.Frames.Should().Be(received);
         SpinWait.SpinUntil(() => inner.Resumed > 0, 10_000).Should().BeTrue();
         inner.Receiver.TryReceive(frame, default).Should().BeTrue();
-    }
-
-    private sealed class Request : BlockRequest
-    {
-        public override void Complete(BlockStatus status)
-        {
-        }
-    }
-
-    private sealed class Disk : IBlockBackend
-    {
-        private readonly Lock _gate = new();
-        private readonly List<long> _seen = [];
-
-        public int Count
-        {
-            get
-            {
-                lock (_gate)
-                {
-                    return _seen.Count;
-                }
-            }
-        }
-
-        public IReadOnlyList<long> Seen
-        {
-            get
-            {
-                lock (_gate)
-                {
-                    return _seen.ToArray();
-                }
-            }
-        }
-
-        public long LengthBytes => 1 << 20;
-
-        public int BlockBytes => 512;
-
-        public bool IsReadOnly => false;
-
-        public bool CanDiscard => false;
-
-        public void Submit(BlockRequest request)
-        {
-            lock (_gate)
-            {
-                _seen.Add(request.OffsetBytes);
-            }
-        }
-
-        public void Drain()
-        {
-        }
-
-        public void Dispose()
-        {
-        }
     }
 
     private sealed class Net : INetBackend
