@@ -79,6 +79,9 @@ public sealed class Vga : PciFunction, IDisplaySurface
         AddRamBar(0, PciBarKind.Memory32Prefetchable, vram.LengthBytes, mapper);
         AddBar(2, PciBarKind.Memory32, new RegisterBar(this));
         AddRom(rom);
+
+        // Firmware looks for a VGA among the cards that decode ports and memory.
+        AllowCommand(PciConfig.CommandIo);
         Ports = new PortWindow(this);
         DispiPorts = new DispiWindow(this);
         LegacyMemory = new LegacyWindow(this);

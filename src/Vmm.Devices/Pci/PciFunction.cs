@@ -636,7 +636,8 @@ public abstract class PciFunction : IDevice
         AllowCommand(kind == PciBarKind.Io ? PciConfig.CommandIo : PciConfig.CommandMemory);
     }
 
-    private void AllowCommand(ushort bits)
+    /// <summary>Makes Command bits writable for resources that are not BARs (VGA's ports). Only in constructors.</summary>
+    protected void AllowCommand(ushort bits)
     {
         _writable[PciConfig.Command] |= (byte)bits;
         _writable[PciConfig.Command + 1] |= (byte)(bits >> 8);
