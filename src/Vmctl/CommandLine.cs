@@ -51,6 +51,11 @@ internal static class CommandLine
             ApplyCommands.Apply(context),
             ApplyCommands.Diff(context),
             ApplyCommands.Reload(context),
+            TransferCommands.Send(context),
+            TransferCommands.Receive(context),
+            ImportCommand.Create(context),
+            ServiceCommand.Create(context),
+            CompletionCommand.Create(context, () => Build(context)),
             VersionCommand.Create(context),
         };
         foreach (Option option in root.Options)

@@ -27,6 +27,11 @@ internal static class RunCommand
         {
             Description = "Keep to this terminal: no run directory, no sockets, no lease.",
         };
+        var restore = new Option<string>("--restore")
+        {
+            Description = "Go on from a state that snapshot saved.",
+            HelpName = "file",
+        };
         var quiet = new Option<bool>("--quiet", "-q") { Description = "Do not say which driver was taken." };
         var paths = new PathOptions();
         var command = new Command("run", "Run a VM in the foreground, its console on this terminal (\"~.\" ends it).")
@@ -34,6 +39,7 @@ internal static class RunCommand
             file,
             accel,
             noControl,
+            restore,
             quiet,
         };
         paths.AddTo(command, withDefinitions: false);
@@ -51,17 +57,18 @@ internal static class RunCommand
                 throw new ConfigException(errors);
             }
 
-            return Run(context, spec, paths.Resolve(result), !result.GetValue(noControl), !result.GetValue(quiet));
+            return Run(context, spec, paths.Resolve(result), !result.GetValue(noControl), !result.GetValue(quiet), result.GetValue(restore));
         });
         return command;
     }
 
-    private static int Run(CommandContext context, MachineSpec spec, FleetPaths paths, bool withControl, bool reportDriver)
+    internal static int Run(
+        CommandContext context, MachineSpec spec, FleetPaths paths, bool withControl, bool reportDriver, string? restore)
     {
         VmSession? session = null;
         using var terminal = new TerminalConsole(() => session?.Quit());
         using var log = new LastLineWriter(new RawAwareWriter(context.Error, () => terminal.IsRaw));
-        session = new VmSession(spec, paths.Of(spec.Name), log, withControl);
+        session = new VmSession(spec, paths.Of(spec.Name), log, withControl) { RestoreFrom = restore };
         int status = session.Run(terminal, reportDriver);
         if (terminal.IsTerminal)
         {

@@ -44,6 +44,9 @@ internal sealed class VmSession
         _withControl = withControl;
     }
 
+    /// <summary>File of a saved state to go on from; null to start anew.</summary>
+    internal string? RestoreFrom { get; init; }
+
     /// <summary>Ends the VM, now or as soon as there is one. Any thread.</summary>
     internal void Quit()
     {
@@ -145,6 +148,19 @@ internal sealed class VmSession
         }
     }
 
+    private static void Restore(Machine machine, string path)
+    {
+        try
+        {
+            using FileStream file = File.OpenRead(path);
+            machine.Load(file);
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException or StateException)
+        {
+            throw new CommandException(ExitStatus.Config, $"{path}: {failure.Message.ReplaceLineEndings(" ")}");
+        }
+    }
+
     private Companion Surround(Machine machine, CharMultiplexer? console, Task<Lease>? lease)
     {
         var companion = new Companion(this, machine);
@@ -156,6 +172,11 @@ internal sealed class VmSession
                 companion.Fence(held);
             }
 #pragma warning restore VSTHRD002
+            if (RestoreFrom is not null)
+            {
+                Restore(machine, RestoreFrom);
+            }
+
             if (console is not null)
             {
                 companion.Serve(_paths, new MachineControl(_spec, machine), console);

@@ -1,0 +1,298 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.CommandLine;
+using System.IO;
+using System.Security;
+using Vmm.Config;
+
+namespace Vmctl.Commands;
+
+/// <summary><c>vmctl service export</c>: what rc.d, SMF or systemd need to start one VM, or the daemon, at boot.</summary>
+internal static class ServiceCommand
+{
+    internal static Command Create(CommandContext context)
+    {
+        var file = new Argument<string>("file")
+        {
+            Description = "Definition of one VM; without it, the service of the daemon.",
+            Arity = ArgumentArity.ZeroOrOne,
+        };
+        var rcd = new Option<bool>("--rcd") { Description = "An rc.d script (FreeBSD)." };
+        var smf = new Option<bool>("--smf") { Description = "An SMF manifest (illumos)." };
+        var systemd = new Option<bool>("--systemd") { Description = "A systemd unit (Linux)." };
+        var program = new Option<string>("--program") { Description = "Path of vmctl in the service.", HelpName = "path" };
+        var export = new Command("export", "Write a service to standard output.") { file, rcd, smf, systemd, program };
+        export.SetAction(result =>
+        {
+            MachineSpec? spec = result.GetValue(file) is { } path ? ConfigFiles.LoadNamed(path) : null;
+            string source = result.GetValue(file) is { } given ? Path.GetFullPath(given) : string.Empty;
+            string vmctl = result.GetValue(program) ?? Environment.ProcessPath ?? "/usr/local/bin/vmctl";
+            context.Output.Write((result.GetValue(rcd), result.GetValue(smf), result.GetValue(systemd)) switch
+            {
+                (true, false, false) => RcScript(spec, source, vmctl),
+                (false, true, false) => SmfManifest(spec, source, vmctl),
+                (false, false, true) => SystemdUnit(spec, source, vmctl),
+                _ => throw new CommandException(ExitStatus.Usage, "service export: choose one of --rcd, --smf and --systemd"),
+            });
+            return ExitStatus.Ok;
+        });
+        return new Command("service", "Have the system's own service manager start VMs.") { export };
+    }
+
+    private static string Shell(string text) => "'" + text.Replace("'", "'\\''", StringComparison.Ordinal) + "'";
+
+    // rc.conf variables are shell names.
+    private static string Variable(string name)
+    {
+        return string.Create(name.Length, name, static (span, source) =>
+        {
+            for (int i = 0; i < span.Length; i++)
+            {
+                span[i] = char.IsAsciiLetterOrDigit(source[i]) ? source[i] : '_';
+            }
+        });
+    }
+
+    private static string RcScript(MachineSpec? spec, string file, string vmctl)
+    {
+        if (spec is null)
+        {
+            return $"""
+                #!/bin/sh
+                #
+                # PROVIDE: vmm
+                # REQUIRE: DAEMON NETWORKING FILESYSTEMS
+                # KEYWORD: shutdown
+                #
+                # vmm_enable="YES"     starts the daemon and with it every VM of vmm_dir
+                # vmm_dir=DIR          definitions (default: /usr/local/etc/vmm)
+                # vmm_flags=...        more flags for vmctl daemon
+
+                . /etc/rc.subr
+
+                name="vmm"
+                rcvar="vmm_enable"
+                load_rc_config "$name"
+                : "${"{"}vmm_enable:=NO{"}"}"
+                : "${"{"}vmm_dir:=/usr/local/etc/vmm{"}"}"
+
+                pidfile="/var/run/${"{"}name{"}"}.pid"
+                command="/usr/sbin/daemon"
+                command_args="-c -f -P ${"{"}pidfile{"}"} -o /var/log/vmm.log {vmctl} daemon --stop-on-exit --config-dir ${"{"}vmm_dir{"}"} ${"{"}vmm_flags{"}"}"
+
+                run_rc_command "$1"
+
+                """;
+        }
+
+        string variable = Variable("vmm_" + spec.Name);
+        return $"""
+            #!/bin/sh
+            #
+            # PROVIDE: {variable}
+            # REQUIRE: DAEMON NETWORKING FILESYSTEMS{string.Concat(Array.ConvertAll([.. spec.After], name => " " + Variable("vmm_" + name)))}
+            # KEYWORD: shutdown
+            #
+            # {variable}_enable="YES" starts the VM {spec.Name} at boot.
+
+            . /etc/rc.subr
+
+            name="{variable}"
+            rcvar="{variable}_enable"
+            load_rc_config "$name"
+            : "${"{"}{variable}_enable:=NO{"}"}"
+
+            pidfile="/var/run/${"{"}name{"}"}.pid"
+            command="/usr/sbin/daemon"
+            command_args="-c -f -P ${"{"}pidfile{"}"} -o /var/log/${"{"}name{"}"}.log {vmctl} run {Shell(file)}"
+            stop_cmd="${"{"}name{"}"}_stop"
+
+            {variable}_stop()
+            {"{"}
+                {vmctl} stop -t {Quantity.FormatDuration(spec.StopTimeout)} {spec.Name} || {vmctl} stop -f {spec.Name}
+            {"}"}
+
+            run_rc_command "$1"
+
+            """;
+    }
+
+    private static string SystemdUnit(MachineSpec? spec, string file, string vmctl)
+    {
+        if (spec is null)
+        {
+            return $"""
+                [Unit]
+                Description=Virtual machines of vmctl
+                Documentation=man:vmctl(8)
+                After=network-online.target local-fs.target
+                Wants=network-online.target
+
+                [Service]
+                ExecStart={vmctl} daemon
+                ExecReload=/bin/kill -HUP $MAINPID
+                # VMs outlive their daemon: the next one finds them.
+                KillMode=process
+                Restart=on-failure
+                RuntimeDirectory=vmm
+                RuntimeDirectoryMode=0700
+                RuntimeDirectoryPreserve=yes
+                Delegate=cpu memory
+
+                [Install]
+                WantedBy=multi-user.target
+
+                """;
+        }
+
+        string after = string.Concat(Array.ConvertAll([.. spec.After], name => $" vmm-{name}.service"));
+        string requires = string.Concat(Array.ConvertAll([.. spec.Requires], name => $" vmm-{name}.service"));
+        return $"""
+            [Unit]
+            Description=Virtual machine {spec.Name}
+            Documentation=man:vmctl(8)
+            After=network.target local-fs.target{after}{requires}
+            {(requires.Length == 0 ? string.Empty : "Requires=" + requires.TrimStart() + "\n")}
+            [Service]
+            ExecStart={vmctl} run "{file.Replace("%", "%%", StringComparison.Ordinal)}"
+            ExecStop={vmctl} stop -t {Quantity.FormatDuration(spec.StopTimeout)} {spec.Name}
+            # 1 power-off and 2 halt are orderly ends; 0 is a reset and wants a new start.
+            SuccessExitStatus=1 2
+            Restart={(spec.Restart.Policy switch { RestartPolicy.Always => "always", RestartPolicy.Never => "no", _ => "on-failure" })}
+            RestartForceExitStatus={(spec.Restart.Policy == RestartPolicy.Never ? string.Empty : "0")}
+            RestartSec={Quantity.FormatDuration(spec.Restart.Backoff)}
+            TimeoutStopSec={Quantity.FormatDuration(spec.StopTimeout + TimeSpan.FromSeconds(10))}
+            {(spec.RunAs is { } user ? "User=" + user + "\n" : string.Empty)}
+            [Install]
+            WantedBy=multi-user.target
+
+            """;
+    }
+
+    private static string SmfManifest(MachineSpec? spec, string file, string vmctl)
+    {
+        string instance = spec?.Name ?? "default";
+        string service = spec is null ? "site/vmm" : "site/vm";
+        string start = SecurityElement.Escape(spec is null ? $"{vmctl} daemon --stop-on-exit &" : $"{vmctl} run {Shell(file)} </dev/null &")!;
+        string stop = SecurityElement.Escape(spec is null ? ":kill" : $"{vmctl} stop {spec.Name} || {vmctl} stop -f {spec.Name}")!;
+        long limit = (long)(spec?.StopTimeout ?? TimeSpan.FromMinutes(3)).TotalSeconds + 30;
+        string dependencies = string.Concat(Array.ConvertAll([.. spec?.After ?? []], name => $"""
+                  <dependency name='after-{name}' grouping='optional_all' restart_on='none' type='service'>
+                    <service_fmri value='svc:/site/vm:{name}'/>
+                  </dependency>
+
+            """));
+        return $"""
+            <?xml version='1.0'?>
+            <!DOCTYPE service_bundle SYSTEM '/usr/share/lib/xml/dtd/service_bundle.dtd.1'>
+            <service_bundle type='manifest' name='vmctl:{instance}'>
+              <service name='{service}' type='service' version='1'>
+                <dependency name='multi-user' grouping='require_all' restart_on='none' type='service'>
+                  <service_fmri value='svc:/milestone/multi-user'/>
+                </dependency>
+                <dependency name='filesystem' grouping='require_all' restart_on='error' type='service'>
+                  <service_fmri value='svc:/system/filesystem/local'/>
+                </dependency>
+                <instance name='{instance}' enabled='false'>
+            {dependencies}      <exec_method type='method' name='start' exec='{start}' timeout_seconds='60'/>
+                  <exec_method type='method' name='stop' exec='{stop}' timeout_seconds='{limit}'/>
+                  <property_group name='startd' type='framework'>
+                    <propval name='duration' type='astring' value='contract'/>
+                    <propval name='ignore_error' type='astring' value='core,signal'/>
+                  </property_group>
+                </instance>
+                <stability value='Unstable'/>
+                <template>
+                  <common_name>
+                    <loctext xml:lang='C'>{(spec is null ? "virtual machines of vmctl" : $"virtual machine {spec.Name}")}</loctext>
+                  </common_name>
+                  <documentation>
+                    <manpage title='vmctl' section='8'/>
+                  </documentation>
+                </template>
+              </service>
+            </service_bundle>
+
+            """;
+    }
+}
+
+/// <summary><c>vmctl completion</c>: what shells need to complete our verbs, options and names.</summary>
+internal static class CompletionCommand
+{
+    internal static Command Create(CommandContext context, Func<RootCommand> tree)
+    {
+        var shell = new Argument<string>("shell") { Description = "sh, bash, zsh or fish." };
+        var command = new Command("completion", "Write a completion script for a shell to standard output.") { shell };
+        command.SetAction(result =>
+        {
+            string name = result.GetRequiredValue(shell);
+            string verbs = Verbs(tree());
+            context.Output.Write(name switch
+            {
+                "bash" or "sh" => Bash(verbs),
+                "zsh" => "autoload -U +X bashcompinit && bashcompinit\n" + Bash(verbs),
+                "fish" => Fish(tree()),
+                _ => throw new CommandException(
+                    ExitStatus.Usage, $"completion: \"{name}\" is none of sh, bash, zsh, fish{Suggestion.Ending(name, ["sh", "bash", "zsh", "fish"])}"),
+            });
+            return ExitStatus.Ok;
+        });
+        return command;
+    }
+
+    private static string Verbs(RootCommand root)
+    {
+        var verbs = new System.Text.StringBuilder();
+        foreach (Command command in root.Subcommands)
+        {
+            if (!command.Hidden)
+            {
+                verbs.Append(verbs.Length == 0 ? string.Empty : " ").Append(command.Name);
+            }
+        }
+
+        return verbs.ToString();
+    }
+
+    private static string Bash(string verbs) => $$"""
+        # vmctl completion
+        _vmctl() {
+            cur=${COMP_WORDS[COMP_CWORD]}
+            verb=${COMP_WORDS[1]}
+            if [ "$COMP_CWORD" = 1 ]; then
+                COMPREPLY=($(compgen -W '{{verbs}} help' -- "$cur"))
+                return
+            fi
+            case $cur in
+            -*)
+                COMPREPLY=($(compgen -W "$(vmctl help "$verb" 2>/dev/null | grep -oE -- '--[a-z-]+')" -- "$cur"))
+                return
+                ;;
+            esac
+            case $verb in
+            run | validate | create | import | service | apply | diff) COMPREPLY=($(compgen -f -- "$cur")) ;;
+            *) COMPREPLY=($(compgen -W "$(vmctl list 2>/dev/null | awk 'NR > 1 { print $1 }')" -- "$cur")) ;;
+            esac
+        }
+        complete -o filenames -F _vmctl vmctl
+
+        """;
+
+    private static string Fish(RootCommand root)
+    {
+        var text = new System.Text.StringBuilder("# vmctl completion\ncomplete -c vmctl -f\n");
+        foreach (Command command in root.Subcommands)
+        {
+            if (!command.Hidden)
+            {
+                string about = (command.Description ?? string.Empty).Replace("'", string.Empty, StringComparison.Ordinal);
+                text.Append($"complete -c vmctl -n __fish_use_subcommand -a {command.Name} -d '{about}'\n");
+            }
+        }
+
+        text.Append("complete -c vmctl -n '__fish_seen_subcommand_from run validate create import service apply diff' -F\n");
+        text.Append("complete -c vmctl -n 'not __fish_use_subcommand' -a \"(vmctl list 2>/dev/null | tail -n +2 | string split -f 1 ' ')\"\n");
+        return text.ToString();
+    }
+}
