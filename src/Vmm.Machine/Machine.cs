@@ -179,7 +179,8 @@ public sealed class Machine : IVcpuOwner, IDisposable
     }
 
     /// <summary>Presses the power button: asks the guest to shut down.</summary>
-    public void PressPowerButton() => _parts.PowerButton?.Invoke();
+    /// <returns>False when the guest does not listen, so that asking is pointless.</returns>
+    public bool PressPowerButton() => _parts.PowerButton?.Invoke() ?? false;
 
     /// <summary>Reads what the driver logged into the page flags (display, snapshots).</summary>
     public void CollectDirty() => _parts.Slots.CollectDirty();

@@ -257,7 +257,7 @@ public sealed class MachineBuilder : IDisposable
         var pm = new AcpiPm(_clock, interrupts.Line(9), _system);
         Attach(parts, bus, pm, 1, 3);
         _ports.Map(AcpiPm.ApmPort, pm.ApmWindow);
-        parts.PowerButton = () => pm.PressPowerButton();
+        parts.PowerButton = pm.PressPowerButton;
         var cards = new Cards(_spec, _chars, _memory, block => _hostMemory.GetValueOrDefault(block));
         parts.Resources.Add(cards);
         foreach (PciFunction card in cards.Make())

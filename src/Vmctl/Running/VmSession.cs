@@ -206,6 +206,7 @@ internal sealed class VmSession
         private ControlServer? _control;
         private ConsoleServer? _console;
         private CancellationTokenRegistration _fence;
+        private readonly Timer _patience;
         private int _terminations;
 
         internal Companion(VmSession session, Machine machine)
@@ -213,7 +214,9 @@ internal sealed class VmSession
             _session = session;
             _machine = machine;
 
-            // Ctrl-C and a closed terminal end the VM; a termination asks the guest first, as bhyve does.
+            // Ctrl-C and a closed terminal end the VM; a termination asks the guest first, as bhyve does, and ends it
+            // when the guest does not listen, takes longer than stop-timeout:, or a second one arrives.
+            _patience = new Timer(_ => _machine.Stop(MachineResult.For(StopReason.Quit)));
             _signals.Add(PosixSignalRegistration.Create(PosixSignal.SIGINT, OnEnd));
             _signals.Add(PosixSignalRegistration.Create(PosixSignal.SIGHUP, OnEnd));
             _signals.Add(PosixSignalRegistration.Create(PosixSignal.SIGTERM, OnTerminate));
@@ -237,6 +240,7 @@ internal sealed class VmSession
                 signal.Dispose();
             }
 
+            _patience.Dispose();
             _fence.Dispose();
             string reason = _machine.Result?.Reason.ToString() ?? "error";
             _control?.Emit("SHUTDOWN", json =>
@@ -259,9 +263,9 @@ internal sealed class VmSession
         private void OnTerminate(PosixSignalContext context)
         {
             context.Cancel = true;
-            if (Interlocked.Increment(ref _terminations) == 1)
+            if (Interlocked.Increment(ref _terminations) == 1 && _machine.PressPowerButton())
             {
-                _machine.PressPowerButton();
+                _patience.Change(_session._spec.StopTimeout, Timeout.InfiniteTimeSpan);
             }
             else
             {
