@@ -45,6 +45,9 @@ public sealed class Machine : IVcpuOwner, IDisposable
     /// <summary>Guest memory.</summary>
     public GuestMemory Memory => _parts.Memory;
 
+    /// <summary>The screen, or null when the machine has none.</summary>
+    public IDisplaySurface? Display => _parts.Display;
+
     /// <summary>Guest time.</summary>
     public IClock Clock => _parts.Clock;
 

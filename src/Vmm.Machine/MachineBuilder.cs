@@ -242,7 +242,8 @@ public sealed class MachineBuilder : IDisposable
         var bus = new PciBus(_ports, _mmio, _memory, interrupts);
         Add(parts, new PciConfigPorts(bus, _system), out PciConfigPorts configPorts);
         _ports.Map(PciConfigPorts.Port, configPorts);
-        Attach(parts, bus, new I440Fx(null), 0);
+        FirmwareWiring? firmware = _spec.Boot.Kernel is null ? FirmwareWiring.Load(parts, _spec, _memory) : null;
+        Attach(parts, bus, new I440Fx(firmware), 0);
         var isaLines = new IIrqLine[16];
         for (int i = 0; i < isaLines.Length; i++)
         {
@@ -258,12 +259,23 @@ public sealed class MachineBuilder : IDisposable
         Attach(parts, bus, pm, 1, 3);
         _ports.Map(AcpiPm.ApmPort, pm.ApmWindow);
         parts.PowerButton = pm.PressPowerButton;
+        if (firmware is not null || _spec.Display.Vga != VgaModel.None)
+        {
+            ScreenWiring.Add(parts, _spec, bus, _memory, _clock, _system, isaLines);
+        }
+
         var cards = new Cards(_spec, _chars, _memory, block => _hostMemory.GetValueOrDefault(block));
         parts.Resources.Add(cards);
         foreach (PciFunction card in cards.Make())
         {
             bus.AttachNext(card);
             parts.Devices.Add(card);
+        }
+
+        if (firmware is not null)
+        {
+            FirmwareWiring.Describe(parts, _spec, _layout, bus, rtc, storage, parts.Display is not null);
+            _ports.Map(DebugConsolePort.FirmwarePort, new DebugConsolePort(_chars.Make("firmware", new CharSpec(CharKind.Log))));
         }
 
         return bus;
@@ -279,10 +291,6 @@ public sealed class MachineBuilder : IDisposable
             ulong rsdp = WriteTables();
             DirectBoot.Load(
                 new DirectBootRequest(kernel, _spec.Boot.Initrd, _spec.Boot.Cmdline), _memory, _layout, rsdp, state);
-        }
-        else
-        {
-            throw new BootException("boot: firmware is not supported yet; give boot: a kernel:");
         }
 
         parts.Vcpus[0].WriteState(state);

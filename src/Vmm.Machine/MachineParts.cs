@@ -56,6 +56,9 @@ internal sealed class MachineParts
     /// <summary>RAM blocks and back ends; owned, disposed last.</summary>
     public List<IDisposable> Resources { get; } = [];
 
+    /// <summary>What a viewer sees, or null.</summary>
+    public IDisplaySurface? Display { get; set; }
+
     /// <summary>Presses the power button; false when the guest does not listen.</summary>
     public Func<bool>? PowerButton { get; set; }
 }

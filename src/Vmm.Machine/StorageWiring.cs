@@ -64,6 +64,62 @@ internal sealed class StorageWiring
         return wiring;
     }
 
+    /// <summary>Where firmware finds the drives (Open Firmware paths, one a line), kinds in the order asked for.</summary>
+    public string BootOrder(IReadOnlyList<BootDevice> order)
+    {
+        var lines = new List<string>();
+        foreach (BootDevice kind in order)
+        {
+            switch (kind)
+            {
+                case BootDevice.Disk:
+                    AddIde(lines, isCdrom: false);
+                    foreach (PciFunction card in _bus.Functions)
+                    {
+                        AddCard(lines, card);
+                    }
+
+                    break;
+                case BootDevice.Cdrom:
+                    AddIde(lines, isCdrom: true);
+                    break;
+                case BootDevice.Floppy when Floppies is not null:
+                    lines.Add("/pci@i0cf8/isa@1/fdc@03f0/floppy@0");
+                    break;
+                default:
+                    break;
+            }
+        }
+
+        return string.Join('\n', lines);
+    }
+
+    private static void AddCard(List<string> lines, PciFunction card)
+    {
+        (string Kind, string Tail)? path = card switch
+        {
+            Ahci => ("pci8086,2922", "/drive@0/disk@0"),
+            Nvme => ("pci1b36,10", "/namespace@1,0"),
+            _ when card.Identity is { VendorId: 0x1AF4, DeviceId: 0x1001 or 0x1042 } => ("scsi", "/disk@0,0"),
+            _ => null,
+        };
+        if (path is { } found)
+        {
+            lines.Add(string.Create(CultureInfo.InvariantCulture, $"/pci@i0cf8/{found.Kind}@{card.DeviceNumber:x}{found.Tail}"));
+        }
+    }
+
+    private void AddIde(List<string> lines, bool isCdrom)
+    {
+        for (int i = 0; i < _ide.Length; i++)
+        {
+            if (_ide[i] is { } drive && drive is AtapiCdrom == isCdrom)
+            {
+                lines.Add(string.Create(CultureInfo.InvariantCulture, $"/pci@i0cf8/ide@1,1/drive@{i / 2}/disk@{i % 2}"));
+            }
+        }
+    }
+
     private void AddDisk(DiskSpec spec, int index)
     {
         string name = string.Create(CultureInfo.InvariantCulture, $"disk{index}");
@@ -101,11 +157,11 @@ internal sealed class StorageWiring
             case DiskBus.Ahci:
                 _sata.Add(new AtaDisk(backend, serial));
                 break;
-            case DiskBus.Nvme:
-                _cards.Add(new Nvme(name, backend, serial));
-                break;
             case DiskBus.Virtio:
                 _cards.Add(new VirtioPci(name, new VirtioBlock(backend, new VirtioBlockOptions { Serial = serial })));
+                break;
+            case DiskBus.Nvme:
+                _cards.Add(new Nvme(name, backend, serial));
                 break;
             default:
                 throw new BootException($"disks: bus {spec.Bus.ToString().ToLowerInvariant()} is not supported yet");

@@ -3,6 +3,7 @@ using System;
 using System.Diagnostics;
 using System.IO;
 using Vmm.Config;
+using Vmm.Core;
 using Vmm.Fleet.Control;
 using Vmm.Machine;
 
@@ -47,9 +48,19 @@ internal sealed class MachineControl : IMachineControl
 
     public void Quit() => _machine.Stop(MachineResult.For(StopReason.Quit));
 
-    public void Screenshot(string path) => throw new ControlException("this VM has no display");
+    public void Screenshot(string path)
+    {
+        IDisplaySurface display = _machine.Display ?? throw new ControlException("this VM has no display");
+        using FileStream file = File.Create(path);
+        Vmm.Backends.Screen.Screenshot.WritePng(display, file);
+    }
 
-    public string ScreenText() => throw new ControlException("this VM has no display");
+    public string ScreenText()
+    {
+        IDisplaySurface display = _machine.Display ?? throw new ControlException("this VM has no display");
+        string[]? lines = Vmm.Backends.Screen.Screenshot.ReadText(display);
+        return lines is null ? throw new ControlException("the screen is in a graphics mode") : string.Join('\n', lines);
+    }
 
     public void Save(string path)
     {
