@@ -78,7 +78,7 @@ internal sealed unsafe class VcpuStateAccess
                 to->function = entry.Function;
                 to->index = entry.Index;
                 to->flags = entry.HasIndex ? KvmAbi.KVM_CPUID_FLAG_SIGNIFCANT_INDEX : 0;
-                to->eax = entry.Eax;
+                to->eax = entry.Function == 0x40000001 ? FilterParavirtual(entry.Eax) : entry.Eax;
                 to->ebx = entry.Ebx;
                 to->ecx = entry.Function == 1 ? FilterFeatures(entry.Ecx) : entry.Ecx;
                 to->edx = entry.Edx;
@@ -210,6 +210,18 @@ internal sealed unsafe class VcpuStateAccess
         const uint X2Apic = 1 << 21;
         const uint TscDeadlineTimer = 1 << 24;
         return _isUserIrqchip ? ecx & ~(X2Apic | TscDeadlineTimer) : ecx;
+    }
+
+    // KVM's own offers to its guests (cpuid.rst): those that are made of its local APICs fail without them, and Linux
+    // then loses inter-processor interrupts.
+    private uint FilterParavirtual(uint eax)
+    {
+        const uint AsyncPageFault = (1 << 4) | (1 << 10) | (1 << 14);
+        const uint EndOfInterrupt = 1 << 6;
+        const uint Unhalt = 1 << 7;
+        const uint SendIpi = 1 << 11;
+        const uint SchedYield = 1 << 13;
+        return _isUserIrqchip ? eax & ~(AsyncPageFault | EndOfInterrupt | Unhalt | SendIpi | SchedYield) : eax;
     }
 
     private static void FromKvm(in kvm_regs regs, CpuState state)
