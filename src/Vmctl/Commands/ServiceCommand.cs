@@ -78,7 +78,8 @@ internal static class ServiceCommand
 
                 pidfile="/var/run/${"{"}name{"}"}.pid"
                 command="/usr/sbin/daemon"
-                command_args="-c -f -P ${"{"}pidfile{"}"} -o /var/log/vmm.log {vmctl} daemon --stop-on-exit --config-dir ${"{"}vmm_dir{"}"} ${"{"}vmm_flags{"}"}"
+                command_args="-c -f -P ${"{"}pidfile{"}"} -o /var/log/vmm.log {vmctl} daemon --stop-on-exit"
+                command_args="$command_args --config-dir ${"{"}vmm_dir{"}"} ${"{"}vmm_flags{"}"}"
 
                 run_rc_command "$1"
 

@@ -125,7 +125,8 @@ internal sealed class InstructionGenerator
             bool loadsSegment = kind is OpCodeOperandKind.seg_reg or OpCodeOperandKind.fs or OpCodeOperandKind.gs
                 or OpCodeOperandKind.ds or OpCodeOperandKind.es or OpCodeOperandKind.ss;
             if ((loadsSegment && i == 0 && code.Mnemonic() is Mnemonic.Mov or Mnemonic.Pop && loadsSegment)
-                || kind is OpCodeOperandKind.tr_reg or OpCodeOperandKind.br16_1 or OpCodeOperandKind.br16_2 or OpCodeOperandKind.brdisp_2 or OpCodeOperandKind.brdisp_4)
+                || kind is OpCodeOperandKind.tr_reg or OpCodeOperandKind.br16_1 or OpCodeOperandKind.br16_2
+                    or OpCodeOperandKind.brdisp_2 or OpCodeOperandKind.brdisp_4)
             {
                 return false;
             }
