@@ -477,7 +477,11 @@ public sealed partial class BlockFile : IDisposable
             {
                 return new Abi
                 {
-                    CloseOnExec = 0x100000, NonBlocking = 0x4, Create = 0x200, Exclusive = 0x800, Edquot = 69,
+                    CloseOnExec = 0x100000,
+                    NonBlocking = 0x4,
+                    Create = 0x200,
+                    Exclusive = 0x800,
+                    Edquot = 69,
                     UseFlock = true,
                 };
             }
@@ -486,14 +490,22 @@ public sealed partial class BlockFile : IDisposable
             {
                 return new Abi
                 {
-                    CloseOnExec = 0x800000, NonBlocking = 0x80, Create = 0x100, Exclusive = 0x400, Edquot = 49,
+                    CloseOnExec = 0x800000,
+                    NonBlocking = 0x80,
+                    Create = 0x100,
+                    Exclusive = 0x400,
+                    Edquot = 49,
                     IsIllumos = true,
                 };
             }
 
             return new Abi
             {
-                CloseOnExec = 0x80000, NonBlocking = 0x800, Create = 0x40, Exclusive = 0x80, Edquot = 122,
+                CloseOnExec = 0x80000,
+                NonBlocking = 0x800,
+                Create = 0x40,
+                Exclusive = 0x80,
+                Edquot = 122,
             };
         }
 

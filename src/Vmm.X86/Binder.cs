@@ -383,11 +383,11 @@ internal static unsafe class Binder
 
     private static delegate*<CpuContext*, Insn*, Status> One<TCond>(Insn* insn, int kind)
         where TCond : struct, ICondition => kind switch
-    {
-        0 => &Jcc<TCond>.Run,
-        1 => Forms.Pick<SetccForm<TCond>>(1),
-        _ => RegisterOrMemory<CmovR<TCond>, CmovM<TCond>>(insn, insn->OperandSize),
-    };
+        {
+            0 => &Jcc<TCond>.Run,
+            1 => Forms.Pick<SetccForm<TCond>>(1),
+            _ => RegisterOrMemory<CmovR<TCond>, CmovM<TCond>>(insn, insn->OperandSize),
+        };
 
     // Size of a stack operand: of the operand where Iced states one.
     private static int StackSize(in Instruction instruction) => Math.Abs(instruction.StackPointerIncrement) switch

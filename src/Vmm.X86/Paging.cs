@@ -73,7 +73,10 @@ internal static unsafe class Paging
         {
             translation = new Translation
             {
-                Physical = linear & 0xFFFFFFFF, PageShift = 12, MayRead = true, MayWrite = true,
+                Physical = linear & 0xFFFFFFFF,
+                PageShift = 12,
+                MayRead = true,
+                MayWrite = true,
             };
             return true;
         }

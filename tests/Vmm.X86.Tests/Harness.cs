@@ -208,7 +208,9 @@ internal sealed unsafe class TestVm : IDisposable
         uint dpl = (uint)cpl << 5;
         state.Segments[1] = new SegmentState
         {
-            Selector = (ushort)(cpl == 3 ? 0x2B : 8), Limit = uint.MaxValue, Rights = 0xA09B | dpl,
+            Selector = (ushort)(cpl == 3 ? 0x2B : 8),
+            Limit = uint.MaxValue,
+            Rights = 0xA09B | dpl,
         };
         for (int i = 0; i < 6; i++)
         {
@@ -216,7 +218,9 @@ internal sealed unsafe class TestVm : IDisposable
             {
                 state.Segments[i] = new SegmentState
                 {
-                    Selector = (ushort)(cpl == 3 ? 0x23 : 0x10), Limit = uint.MaxValue, Rights = 0xC093 | dpl,
+                    Selector = (ushort)(cpl == 3 ? 0x23 : 0x10),
+                    Limit = uint.MaxValue,
+                    Rights = 0xC093 | dpl,
                 };
             }
         }

@@ -86,7 +86,10 @@ public sealed class TortureTests
                 {
                     vm.State.Segments[i] = new SegmentState
                     {
-                        Selector = 0x1000, Base = 0x10000, Limit = 0xFFFF, Rights = 0xF3,
+                        Selector = 0x1000,
+                        Base = 0x10000,
+                        Limit = 0xFFFF,
+                        Rights = 0xF3,
                     };
                 }
 

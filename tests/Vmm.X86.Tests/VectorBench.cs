@@ -28,7 +28,9 @@ internal sealed unsafe class VectorBench : IDisposable
         NativeMemory.Clear(Ram, RamBytes);
         _vm = _hypervisor.CreateVm(new VmOptions
         {
-            Ports = new AddressMap("io", 0x10000), Mmio = new AddressMap("mmio", 0), Clock = new ManualClock(),
+            Ports = new AddressMap("io", 0x10000),
+            Mmio = new AddressMap("mmio", 0),
+            Clock = new ManualClock(),
             OnNumericError = () => NumericErrors++,
         });
         _vm.SetMemorySlot(0, new MemorySlot(0, RamBytes, (nint)Ram, false, false, 0));
@@ -39,7 +41,8 @@ internal sealed unsafe class VectorBench : IDisposable
         {
             state.Segments[i] = new SegmentState
             {
-                Selector = (ushort)(isReal ? 0 : 0x10), Limit = isReal ? 0xFFFFu : uint.MaxValue,
+                Selector = (ushort)(isReal ? 0 : 0x10),
+                Limit = isReal ? 0xFFFFu : uint.MaxValue,
                 Rights = isReal ? 0x93u : 0xC093,
             };
         }

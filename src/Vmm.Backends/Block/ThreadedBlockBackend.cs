@@ -288,17 +288,17 @@ public sealed class ThreadedBlockBackend : IBlockBackend
         switch (request.Operation)
         {
             case BlockOperation.Read:
-            {
-                IoBuffer data = IoBuffer.Of(request);
-                return data.Length == length ? Image.Read(offset, data) : BlockStatus.Refused;
-            }
+                {
+                    IoBuffer data = IoBuffer.Of(request);
+                    return data.Length == length ? Image.Read(offset, data) : BlockStatus.Refused;
+                }
 
             case BlockOperation.Write:
-            {
-                IoBuffer data = IoBuffer.Of(request);
-                status = data.Length == length ? Image.Write(offset, data) : BlockStatus.Refused;
-                break;
-            }
+                {
+                    IoBuffer data = IoBuffer.Of(request);
+                    status = data.Length == length ? Image.Write(offset, data) : BlockStatus.Refused;
+                    break;
+                }
 
             case BlockOperation.Discard:
                 status = _options.AllowDiscard ? Image.Discard(offset, length) : BlockStatus.Ok;

@@ -1098,7 +1098,10 @@ internal sealed class AhciPort
         _registers.Error = AtaError.None;
         return new AtaWork
         {
-            Phase = AtaPhase.DataIn, Memory = (byte[])_queueError.Clone(), Length = 512, BlockBytes = 512,
+            Phase = AtaPhase.DataIn,
+            Memory = (byte[])_queueError.Clone(),
+            Length = 512,
+            BlockBytes = 512,
         };
     }
 

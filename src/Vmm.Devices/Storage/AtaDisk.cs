@@ -409,21 +409,21 @@ public sealed class AtaDisk : AtaDevice
         switch (registers.Features)
         {
             case 0xD0 or 0xD1:
-            {
-                byte[] page = new byte[512];
-                page[0] = 0x10;
-                page[511] = 0xF0;
-                return FromMemory(page, 512);
-            }
+                {
+                    byte[] page = new byte[512];
+                    page[0] = 0x10;
+                    page[511] = 0xF0;
+                    return FromMemory(page, 512);
+                }
 
             case 0xD5 when registers.LbaLow is 0 or 1 or 6:
-            {
-                // The log directory, summary error log and self-test log: version 1, no entries.
-                byte[] log = new byte[512 * Math.Max(1, (int)registers.Count)];
-                log[0] = 1;
-                log[511] = registers.LbaLow == 0 ? (byte)0 : (byte)0xFF;
-                return FromMemory(log, 512);
-            }
+                {
+                    // The log directory, summary error log and self-test log: version 1, no entries.
+                    byte[] log = new byte[512 * Math.Max(1, (int)registers.Count)];
+                    log[0] = 1;
+                    log[511] = registers.LbaLow == 0 ? (byte)0 : (byte)0xFF;
+                    return FromMemory(log, 512);
+                }
 
             case 0xD2 or 0xD4:
                 return Succeed(registers);

@@ -135,7 +135,10 @@ public sealed class AtapiCdrom : AtaDevice
             case 0xA1:
                 return new AtaWork
                 {
-                    Phase = AtaPhase.DataIn, Memory = IdentifyPacket(), Length = 512, BlockBytes = 512,
+                    Phase = AtaPhase.DataIn,
+                    Memory = IdentifyPacket(),
+                    Length = 512,
+                    BlockBytes = 512,
                 };
             case 0xEC or 0x20 or 0x21:
                 // IDENTIFY DEVICE and READ SECTOR(S) abort with the signature (ATA/ATAPI-7 vol. 1 §6.17.5.2).

@@ -425,29 +425,29 @@ public sealed class I82077 : IDevice
         switch (_phase)
         {
             case Phase.Result:
-            {
-                ClearInterrupt();
-                byte value = _result[_resultAt++];
-                if (_resultAt >= _resultLength)
                 {
-                    _phase = Phase.Command;
-                    _commandAt = 0;
-                }
+                    ClearInterrupt();
+                    byte value = _result[_resultAt++];
+                    if (_resultAt >= _resultLength)
+                    {
+                        _phase = Phase.Command;
+                        _commandAt = 0;
+                    }
 
-                return value;
-            }
+                    return value;
+                }
 
             case Phase.DataIn when IsNonDma:
-            {
-                byte value = _data[_dataAt++];
-                if (_dataAt == _dataLength)
                 {
-                    // Without DMA nobody signals terminal count: the transfer ends at the end of the track.
-                    submit = EndRead(_dataAt, terminalCount: false);
-                }
+                    byte value = _data[_dataAt++];
+                    if (_dataAt == _dataLength)
+                    {
+                        // Without DMA nobody signals terminal count: the transfer ends at the end of the track.
+                        submit = EndRead(_dataAt, terminalCount: false);
+                    }
 
-                return value;
-            }
+                    return value;
+                }
 
             default:
                 return 0;

@@ -40,12 +40,12 @@ internal static unsafe class Forms
     /// <summary>1, 2, 4 or 8 bytes.</summary>
     public static delegate*<CpuContext*, Insn*, Status> Pick<TForm>(int size)
         where TForm : struct, IForm => size switch
-    {
-        1 => &Invoke<TForm, byte>,
-        2 => &Invoke<TForm, ushort>,
-        4 => &Invoke<TForm, uint>,
-        _ => &Invoke<TForm, ulong>,
-    };
+        {
+            1 => &Invoke<TForm, byte>,
+            2 => &Invoke<TForm, ushort>,
+            4 => &Invoke<TForm, uint>,
+            _ => &Invoke<TForm, ulong>,
+        };
 
     private static Status Invoke<TForm, T>(CpuContext* cpu, Insn* insn)
         where TForm : struct, IForm

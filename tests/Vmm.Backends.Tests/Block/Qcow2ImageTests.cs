@@ -607,31 +607,31 @@ public sealed class Qcow2ImageTests : IDisposable
                 break;
             case 2:
             case 3:
-            {
-                byte[] data = new byte[length];
-                image.Read(at, new IoBuffer(data)).Should().Be(BlockStatus.Ok);
-                data.AsSpan().SequenceEqual(model.AsSpan(at, length)).Should().BeTrue($"read at {at}+{length}");
-                break;
-            }
+                {
+                    byte[] data = new byte[length];
+                    image.Read(at, new IoBuffer(data)).Should().Be(BlockStatus.Ok);
+                    data.AsSpan().SequenceEqual(model.AsSpan(at, length)).Should().BeTrue($"read at {at}+{length}");
+                    break;
+                }
 
             case 4:
-            {
-                // What a discarded range reads as is not promised: take over what it does.
-                image.Discard(at, length).Should().Be(BlockStatus.Ok);
-                byte[] data = new byte[length];
-                image.Read(at, new IoBuffer(data)).Should().Be(BlockStatus.Ok);
-                data.CopyTo(model, at);
-                break;
-            }
+                {
+                    // What a discarded range reads as is not promised: take over what it does.
+                    image.Discard(at, length).Should().Be(BlockStatus.Ok);
+                    byte[] data = new byte[length];
+                    image.Read(at, new IoBuffer(data)).Should().Be(BlockStatus.Ok);
+                    data.CopyTo(model, at);
+                    break;
+                }
 
             default:
-            {
-                byte[] data = new byte[length];
-                random.NextBytes(data);
-                image.Write(at, new IoBuffer(data)).Should().Be(BlockStatus.Ok, image.LastError);
-                data.CopyTo(model, at);
-                break;
-            }
+                {
+                    byte[] data = new byte[length];
+                    random.NextBytes(data);
+                    image.Write(at, new IoBuffer(data)).Should().Be(BlockStatus.Ok, image.LastError);
+                    data.CopyTo(model, at);
+                    break;
+                }
         }
     }
 

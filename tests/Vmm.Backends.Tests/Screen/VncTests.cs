@@ -706,30 +706,30 @@ public sealed class VncTests : IDisposable
             switch (encoding)
             {
                 case 0:
-                {
-                    byte[] raw = Read(width * height * (_bits / 8));
-                    for (int i = 0; i < width * height; i++)
                     {
-                        Put(x + (i % width), y + (i / width), Pixel(raw.AsSpan(i * (_bits / 8))));
-                    }
+                        byte[] raw = Read(width * height * (_bits / 8));
+                        for (int i = 0; i < width * height; i++)
+                        {
+                            Put(x + (i % width), y + (i / width), Pixel(raw.AsSpan(i * (_bits / 8))));
+                        }
 
-                    break;
-                }
+                        break;
+                    }
 
                 case 1:
-                {
-                    byte[] raw = Read(4);
-                    int fromX = BinaryPrimitives.ReadUInt16BigEndian(raw);
-                    int fromY = BinaryPrimitives.ReadUInt16BigEndian(raw.AsSpan(2));
-                    uint[] old = (uint[])_pixels.Clone();
-                    for (int i = 0; i < width * height; i++)
                     {
-                        Put(x + (i % width), y + (i / width), old[((fromY + (i / width)) * Width) + fromX + (i % width)]);
-                    }
+                        byte[] raw = Read(4);
+                        int fromX = BinaryPrimitives.ReadUInt16BigEndian(raw);
+                        int fromY = BinaryPrimitives.ReadUInt16BigEndian(raw.AsSpan(2));
+                        uint[] old = (uint[])_pixels.Clone();
+                        for (int i = 0; i < width * height; i++)
+                        {
+                            Put(x + (i % width), y + (i / width), old[((fromY + (i / width)) * Width) + fromX + (i % width)]);
+                        }
 
-                    Copies++;
-                    break;
-                }
+                        Copies++;
+                        break;
+                    }
 
                 case 16:
                     Zrle(x, y, width, height);

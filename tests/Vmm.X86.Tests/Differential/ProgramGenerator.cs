@@ -114,7 +114,10 @@ internal sealed class ProgramGenerator
 
         return new TestProgram
         {
-            Instructions = items, Bytes = bytes.ToArray(), UndefinedFlags = undefined, Rip = rip,
+            Instructions = items,
+            Bytes = bytes.ToArray(),
+            UndefinedFlags = undefined,
+            Rip = rip,
         };
     }
 

@@ -52,7 +52,9 @@ internal sealed unsafe class SoftGuest : IDisposable
         NativeMemory.Clear(_ram, (nuint)RamBytes);
         _vm = _hypervisor.CreateVm(new VmOptions
         {
-            Ports = new AddressMap("io", 0x10000), Mmio = new AddressMap("mmio", 0), Clock = new ManualClock(),
+            Ports = new AddressMap("io", 0x10000),
+            Mmio = new AddressMap("mmio", 0),
+            Clock = new ManualClock(),
         });
         _vm.SetMemorySlot(0, new MemorySlot(0, RamBytes, (nint)_ram, false, false, 0));
         _vcpu = (SoftVcpu)_vm.CreateVcpu(0, new QuietInterruptPort());
@@ -219,9 +221,19 @@ internal sealed unsafe class SoftGuest : IDisposable
     {
         var state = new CpuState
         {
-            Rip = KernelCode, Rflags = 2, Cr0 = 0x80050033, Cr3 = TablesAt, Cr4 = 0x506A0,
-            Efer = 0xD01, Xcr0 = 7, GdtBase = KernelGdt, GdtLimit = 0x7F, IdtBase = KernelIdt, IdtLimit = 0xFFF,
-            ApicBase = 0xFEE00900, Activity = ActivityState.Running,
+            Rip = KernelCode,
+            Rflags = 2,
+            Cr0 = 0x80050033,
+            Cr3 = TablesAt,
+            Cr4 = 0x506A0,
+            Efer = 0xD01,
+            Xcr0 = 7,
+            GdtBase = KernelGdt,
+            GdtLimit = 0x7F,
+            IdtBase = KernelIdt,
+            IdtLimit = 0xFFF,
+            ApicBase = 0xFEE00900,
+            Activity = ActivityState.Running,
         };
         for (int i = 0; i < 6; i++)
         {
@@ -233,7 +245,9 @@ internal sealed unsafe class SoftGuest : IDisposable
         state.Segments[4] = new SegmentState { Limit = uint.MaxValue, Rights = 0xC0F3 };
         state.Segments[5] = new SegmentState
         {
-            Base = NativeCpu.GsBase, Limit = uint.MaxValue, Rights = 0xC0F3,
+            Base = NativeCpu.GsBase,
+            Limit = uint.MaxValue,
+            Rights = 0xC0F3,
         };
         state.Tr = new SegmentState { Selector = 0x40, Base = KernelTss, Limit = 0x67, Rights = 0x8B };
         state.Ldtr = new SegmentState { Rights = 0x10000 };

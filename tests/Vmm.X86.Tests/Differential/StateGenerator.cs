@@ -153,12 +153,12 @@ internal unsafe struct StateGenerator
         switch (ins.Mnemonic)
         {
             case Mnemonic.Ret:
-            {
-                ulong top = image->Gpr[4] & ~7UL;
-                image->Gpr[4] = top;
-                WriteStack(top, target, is32Bit);
-                return;
-            }
+                {
+                    ulong top = image->Gpr[4] & ~7UL;
+                    image->Gpr[4] = top;
+                    WriteStack(top, target, is32Bit);
+                    return;
+                }
 
             case Mnemonic.Jmp or Mnemonic.Call when ins.OpCount == 1 && ins.Op0Kind == OpKind.Register:
                 if (ins.Op0Register.GetSize() >= 4 && ins.Op0Register.GetNumber() != 4)
