@@ -65,6 +65,7 @@ public sealed class MachineBuilder : IDisposable
 
     private Machine Build()
     {
+        RefuseUnsupported();
         AddRam();
         IrqchipMode mode = ChooseIrqchip();
         Action<byte>? endOfInterrupt = null;
@@ -211,6 +212,32 @@ public sealed class MachineBuilder : IDisposable
         }
     }
 
+    // Keys that the definition knows and no part of this machine serves yet. Refusing is better than ignoring.
+    private void RefuseUnsupported()
+    {
+        Refuse(_spec.Uuid is not null, "uuid: SMBIOS tables are");
+        Refuse(_spec.VmGenId, "vmgenid: the device is");
+        Refuse(_spec.Clock.Source == ClockSource.Icount, "clock: icount is");
+        Refuse(_spec.Watchdog == WatchdogAction.Pause, "watchdog: pause is");
+        foreach (NicSpec nic in _spec.Nics)
+        {
+            Refuse(nic.Model == NicModel.Rtl8139, "nics: model rtl8139 is");
+        }
+
+        foreach (InputDevice input in _spec.Input)
+        {
+            Refuse(input is InputDevice.UsbKeyboard or InputDevice.UsbTablet, "input: USB devices are");
+        }
+
+        static void Refuse(bool asked, string what)
+        {
+            if (asked)
+            {
+                throw new BootException($"{what} not supported yet; leave the key out");
+            }
+        }
+    }
+
     private PciBus AddChips(MachineParts parts, InterruptWiring interrupts)
     {
         Add(parts, new I8254(_clock, interrupts.Line(0)), out I8254 pit);
@@ -262,6 +289,13 @@ public sealed class MachineBuilder : IDisposable
         if (firmware is not null || _spec.Display.Vga != VgaModel.None)
         {
             ScreenWiring.Add(parts, _spec, bus, _memory, _clock, _system, isaLines);
+        }
+
+        if (_spec.Watchdog != WatchdogAction.None)
+        {
+            var watchdog = new I6300Esb(_clock, _system);
+            bus.AttachNext(watchdog);
+            parts.Devices.Add(watchdog);
         }
 
         var cards = new Cards(_spec, _chars, _memory, block => _hostMemory.GetValueOrDefault(block));

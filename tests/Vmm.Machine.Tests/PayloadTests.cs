@@ -78,6 +78,28 @@ public sealed class PayloadTests : IDisposable
     public void Halt_WithInterruptsOff_EndsWith2() =>
         Run("soft", "user", new Payload.Recorder(), [0xFA, 0xF4]).Should().Be(2);
 
+    [Theory]
+    [InlineData("uuid")]
+    [InlineData("vmgenid")]
+    [InlineData("clock")]
+    [InlineData("nics")]
+    [InlineData("input")]
+    public void KeyWithoutAPart_IsRefusedByName(string key)
+    {
+        MachineSpec spec = Payload.Spec(_directory, [0xF4]) with { Accel = ["soft"] };
+        spec = key switch
+        {
+            "uuid" => spec with { Uuid = Guid.Empty },
+            "vmgenid" => spec with { VmGenId = true },
+            "clock" => spec with { Clock = new ClockSpec { Source = ClockSource.Icount } },
+            "nics" => spec with { Nics = [new NicSpec { Model = NicModel.Rtl8139 }] },
+            _ => spec with { Input = [InputDevice.UsbTablet] },
+        };
+        var log = new StringWriter();
+        MachineRunner.Run(spec, new RunOptions { ReportDriver = false }, log).Should().Be(MachineRunner.StatusConfig);
+        log.ToString().Should().StartWith($"vmctl: payload: {key}:").And.Contain("not supported yet");
+    }
+
     private int Run(string driver, string irqchip, Payload.Recorder output, byte[] code)
     {
         MachineSpec spec = Payload.Spec(_directory, code) with
