@@ -115,6 +115,7 @@ internal sealed class FirmwareWiring : IShadowRam
             {
                 Cpus = spec.Cpus.Count,
                 SerialPorts = spec.Serial.Count,
+                HasHpet = true,
                 HasKeyboardController = true,
                 HasVga = hasVga,
                 HasFloppy = storage.Floppies is not null,

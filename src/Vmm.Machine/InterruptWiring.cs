@@ -37,6 +37,21 @@ internal sealed class InterruptWiring : IMsiSink
     /// <summary>The controllers that are models, in the order in which they are saved.</summary>
     public List<IDevice> Devices { get; } = [];
 
+    /// <summary>Makes inputs of the I/O APIC's pins 0 to 23, for a device that chooses its pin itself (HPET).</summary>
+    public IIrqLine[] Pins()
+    {
+        var pins = new IIrqLine[24];
+        for (int i = 0; i < pins.Length; i++)
+        {
+            uint gsi = (uint)i;
+            pins[i] = i < IsaLines ? Line(i)
+                : IoApic is not null ? IoApic.Input(i)
+                : new DelegateLine(level => _kernelSide!.SetIrqLine(gsi, level));
+        }
+
+        return pins;
+    }
+
     /// <summary>The I/O APIC model, unless the driver has it.</summary>
     public IoApic? IoApic { get; private set; }
 

@@ -240,10 +240,12 @@ public sealed class MachineBuilder : IDisposable
 
     private PciBus AddChips(MachineParts parts, InterruptWiring interrupts)
     {
-        Add(parts, new I8254(_clock, interrupts.Line(0)), out I8254 pit);
+        Add(parts, new Hpet(_clock, interrupts.Pins(), interrupts.Line(0), interrupts.Line(8), interrupts), out Hpet hpet);
+        _mmio.Map(AcpiTables.HpetAddress, hpet);
+        Add(parts, new I8254(_clock, hpet.PitInput), out I8254 pit);
         _ports.Map(I8254.Port, pit);
         _ports.Map(I8254.SpeakerPort, pit.SpeakerWindow);
-        Add(parts, new Mc146818(_clock, interrupts.Line(8)), out Mc146818 rtc);
+        Add(parts, new Mc146818(_clock, hpet.RtcInput), out Mc146818 rtc);
         _ports.Map(Mc146818.Port, rtc);
         Add(parts, new Port92(_system), out Port92 port92);
         _ports.Map(Port92.Port, port92);
@@ -322,7 +324,7 @@ public sealed class MachineBuilder : IDisposable
         if (_spec.Boot.Kernel is { } kernel)
         {
             PciAllocator.Assign(bus, (uint)MemoryLayout.HoleStart, 0xFEC00000);
-            ulong rsdp = WriteTables();
+            ulong rsdp = WriteTables(parts);
             DirectBoot.Load(
                 new DirectBootRequest(kernel, _spec.Boot.Initrd, _spec.Boot.Cmdline), _memory, _layout, rsdp, state);
         }
@@ -330,9 +332,16 @@ public sealed class MachineBuilder : IDisposable
         parts.Vcpus[0].WriteState(state);
     }
 
-    private ulong WriteTables()
+    private ulong WriteTables(MachineParts parts)
     {
-        AcpiBlob blob = AcpiTables.Build(new AcpiSpec { Cpus = _spec.Cpus.Count, SerialPorts = _spec.Serial.Count });
+        AcpiBlob blob = AcpiTables.Build(new AcpiSpec
+        {
+            Cpus = _spec.Cpus.Count,
+            SerialPorts = _spec.Serial.Count,
+            HasHpet = true,
+            HasVga = parts.Display is not null,
+            HasKeyboardController = parts.Display is not null,
+        });
         const ulong Rsdp = MemoryLayout.TablesStart;
         const ulong Tables = Rsdp + 64;
         byte[] placed = blob.PlaceAt(Tables);

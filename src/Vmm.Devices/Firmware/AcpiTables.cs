@@ -150,7 +150,8 @@ public sealed class AcpiBlob
 public static class AcpiTables
 {
     private const int HeaderBytes = 36;
-    private const uint HpetAddress = 0xFED00000;
+    /// <summary>Where the HPET's registers lie.</summary>
+    public const uint HpetAddress = 0xFED00000;
     private const uint IoApicAddress = 0xFEC00000;
     private const uint LocalApicAddress = 0xFEE00000;
 
