@@ -3,6 +3,7 @@ using System;
 using System.Collections.Generic;
 using System.IO;
 using System.Linq;
+using System.Text.Json;
 using System.Xml.Linq;
 using FluentAssertions;
 using Xunit;
@@ -97,6 +98,24 @@ public sealed class ArrowTests
             .Where(project => Load(project).Descendants("PackageReference").Any(reference => reference.Attribute("Version") is not null));
 
         offenders.Should().BeEmpty("versions stand in Directory.Packages.props");
+    }
+
+    [Fact]
+    public void LockFiles_HoldTheCentralVersions()
+    {
+        var central = XDocument.Load(Repository.Full("src/Directory.Packages.props")).Descendants("PackageVersion").ToDictionary(
+            version => (string)version.Attribute("Include")!, version => (string)version.Attribute("Version")!, StringComparer.Ordinal);
+        foreach (string project in Projects(string.Empty))
+        {
+            string path = Path.GetDirectoryName(project) + "/packages.lock.json";
+            using JsonDocument file = JsonDocument.Parse(Repository.Read(path));
+            JsonElement packages = file.RootElement.GetProperty("dependencies").GetProperty("net10.0");
+            foreach (string package in Load(project).Descendants("PackageReference").Select(reference => (string)reference.Attribute("Include")!))
+            {
+                packages.TryGetProperty(package, out JsonElement locked).Should().BeTrue("{0} has no {1}; run dotnet restore", path, package);
+                locked.GetProperty("resolved").GetString().Should().Be(central[package], "{0} in {1}", package, path);
+            }
+        }
     }
 
     private static IEnumerable<string> Projects(string under) => Repository.Files.Where(file =>
