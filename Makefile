@@ -35,6 +35,7 @@ help:
 
 all:
 	@tests/setup build
+	@src/Vmm.Fleet/Web/fetch
 	@$(DOTNET) publish src/Vmctl/Vmctl.csproj -c $(CONFIGURATION) --nologo -v quiet -o out/publish
 	@mkdir -p out/bin
 	@cp -f out/publish/vmctl out/bin/vmctl.new

@@ -47,6 +47,7 @@ internal static class CommandLine
             ConsoleCommand.Create(context),
             LogCommand.Create(context),
             WaitCommand.Create(context),
+            WebCommand.Create(context),
             CreateCommand.Create(context),
             ApplyCommands.Apply(context),
             ApplyCommands.Diff(context),

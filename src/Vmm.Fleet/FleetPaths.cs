@@ -23,6 +23,12 @@ public sealed record FleetPaths(string Definitions, string Run, string State)
     /// <summary>The daemon's lock; held for as long as it lives.</summary>
     public string DaemonLock => Path.Combine(Run, "vmmd.lock");
 
+    /// <summary>The address of the web page, while there is one.</summary>
+    public string WebAddress => Path.Combine(Run, "web");
+
+    /// <summary>The token of the web page.</summary>
+    public string WebToken => Path.Combine(State, "web-token");
+
     /// <summary>The paths of this user on this system.</summary>
     public static FleetPaths Default()
     {
@@ -101,6 +107,9 @@ public sealed record VmPaths(string Run, string State)
 
     /// <summary>Console socket.</summary>
     public string Console => Path.Combine(Run, "console.sock");
+
+    /// <summary>VNC socket of a VM that has a display and names no address for it.</summary>
+    public string Screen => Path.Combine(Run, "vnc.sock");
 
     /// <summary>Process number; locked while the process lives.</summary>
     public string Pid => Path.Combine(Run, "pid");

@@ -121,6 +121,9 @@ public sealed record VmStatus
 
     /// <summary>The definition.</summary>
     public required MachineSpec Spec { get; init; }
+
+    /// <summary>The definition that the process runs; null when there is no process.</summary>
+    public MachineSpec? Running { get; init; }
 }
 
 /// <summary>Something that happened to a VM.</summary>
@@ -478,6 +481,7 @@ public sealed class Supervisor
         Note = entry.Note,
         Changed = entry.Running is { } running && entry.HasProcess && !SpecWriter.AreSame(running, entry.Spec),
         Spec = entry.Spec,
+        Running = entry.HasProcess ? entry.Running : null,
     };
 
     private void Want(Entry entry, bool wanted)

@@ -192,6 +192,10 @@ public sealed class ControlTests : IAsyncLifetime
 
         public void Screenshot(string path) => Calls.Add("screenshot " + path);
 
+        public byte[] ScreenPng(int width) => [0x89, (byte)'P', (byte)width];
+
+        public byte[] ConsoleTail(int maximumBytes) => "ready\n"u8.ToArray();
+
         public string ScreenText() => throw new ControlException("this VM has no display");
 
         public void Save(string path) => Calls.Add("save " + path);

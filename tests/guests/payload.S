@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: BSD-2-Clause */
 /*
  * The smallest guest: a multiboot image of 32-bit code. It writes "ready" to COM1 and then does what "do=X" on its
- * command line says: b(utton): wait for the power button, then power off (the default); i(dle): sleep for ever;
- * c(rash): triple fault; r(eset); h(alt); p(ower off at once).
+ * command line says: b(utton): wait for the power button, then power off (the default); e(cho): the same, and write to
+ * COM1 what comes from it; i(dle): sleep for ever; c(rash): triple fault; r(eset); h(alt); p(ower off at once).
  */
 	.code32
 	.globl _start
@@ -45,6 +45,16 @@ act:
 	cmpb	$'p', %cl
 	je	poweroff
 button:
+	cmpb	$'e', %cl
+	jne	6f
+	movw	$0x3FD, %dx		/* line status: bit 0 is data ready */
+	inb	%dx, %al
+	testb	$1, %al
+	jz	6f
+	movw	$0x3F8, %dx
+	inb	%dx, %al
+	outb	%al, %dx
+6:
 	movw	$0x600, %dx		/* PM1 status, ACPI 4.8.3.1.1: bit 8 is the power button */
 	inw	%dx, %ax
 	testw	$0x100, %ax

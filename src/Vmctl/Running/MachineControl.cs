@@ -2,6 +2,7 @@
 using System;
 using System.Diagnostics;
 using System.IO;
+using Vmm.Backends.Char;
 using Vmm.Config;
 using Vmm.Core;
 using Vmm.Fleet.Control;
@@ -15,11 +16,13 @@ internal sealed class MachineControl : IMachineControl
     private readonly long _start = Stopwatch.GetTimestamp();
     private readonly MachineSpec _spec;
     private readonly Machine _machine;
+    private readonly CharMultiplexer _console;
 
-    internal MachineControl(MachineSpec spec, Machine machine)
+    internal MachineControl(MachineSpec spec, Machine machine, CharMultiplexer console)
     {
         _spec = spec;
         _machine = machine;
+        _console = console;
     }
 
     public VmReport Report() => new()
@@ -54,6 +57,16 @@ internal sealed class MachineControl : IMachineControl
         using FileStream file = File.Create(path);
         Vmm.Backends.Screen.Screenshot.WritePng(display, file);
     }
+
+    public byte[] ScreenPng(int width)
+    {
+        IDisplaySurface display = _machine.Display ?? throw new ControlException("this VM has no display");
+        using var png = new MemoryStream();
+        Vmm.Backends.Screen.Screenshot.WritePng(display, png, width);
+        return png.ToArray();
+    }
+
+    public byte[] ConsoleTail(int maximumBytes) => _console.Log.Tail(maximumBytes);
 
     public string ScreenText()
     {

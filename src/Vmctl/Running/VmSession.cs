@@ -128,7 +128,7 @@ internal sealed class VmSession
         };
         try
         {
-            return MachineRunner.Run(_spec, options, _log);
+            return MachineRunner.Run(WithScreen(), options, _log);
         }
         finally
         {
@@ -136,6 +136,11 @@ internal sealed class VmSession
             ReturnLease(lease);
         }
     }
+
+    // The web page shows every screen: one without a place of its own gets a socket in the run directory.
+    private MachineSpec WithScreen() => _withControl && _spec.Display is { Vga: not VgaModel.None, VncAddress: null, VncSocket: null }
+        ? _spec with { Display = _spec.Display with { VncSocket = _paths.Screen } }
+        : _spec;
 
     // A lease that was taken although nothing was built is given back; one that was refused throws where it is awaited.
     private static void ReturnLease(Task<Lease>? lease)
@@ -179,7 +184,7 @@ internal sealed class VmSession
 
             if (console is not null)
             {
-                companion.Serve(_paths, new MachineControl(_spec, machine), console);
+                companion.Serve(_paths, new MachineControl(_spec, machine, console), console);
             }
 
             Volatile.Write(ref _machine, machine);

@@ -17,9 +17,15 @@ namespace Vmm.Fleet.Control;
 /// </summary>
 public sealed class ControlClient : IDisposable
 {
+    /// <summary>
+    /// The longest answer that is taken: a picture of a large screen. The VM's process may be in its guest's hands; it must
+    /// not fill the memory of who asks it.
+    /// </summary>
+    public const int MaxLineBytes = 32 << 20;
+
     private readonly Socket _socket;
     private readonly NetworkStream _stream;
-    private readonly StreamReader _reader;
+    private readonly LineReader _reader;
     private readonly SemaphoreSlim _turn = new(1, 1);
     private readonly Channel<JsonElement> _answers = Channel.CreateUnbounded<JsonElement>();
     private readonly Channel<string> _events = Channel.CreateBounded<string>(
@@ -29,7 +35,7 @@ public sealed class ControlClient : IDisposable
     {
         _socket = socket;
         _stream = new NetworkStream(socket, ownsSocket: true);
-        _reader = new StreamReader(_stream, Encoding.UTF8);
+        _reader = new LineReader(_stream, MaxLineBytes);
     }
 
     /// <summary>Names of events, oldest first; ends when the connection ends, which is when the VM's process ends.</summary>
@@ -147,7 +153,6 @@ public sealed class ControlClient : IDisposable
     /// <inheritdoc/>
     public void Dispose()
     {
-        _reader.Dispose();
         _stream.Dispose();
         _socket.Dispose();
         _answers.Writer.TryComplete();
@@ -164,7 +169,7 @@ public sealed class ControlClient : IDisposable
     {
         try
         {
-            while (await _reader.ReadLineAsync().ConfigureAwait(false) is { } line)
+            while (await _reader.ReadLineAsync(CancellationToken.None).ConfigureAwait(false) is { } line)
             {
                 using JsonDocument document = JsonDocument.Parse(line);
                 JsonElement root = document.RootElement;
@@ -185,5 +190,70 @@ public sealed class ControlClient : IDisposable
 
         _answers.Writer.TryComplete();
         _events.Writer.TryComplete();
+    }
+}
+
+/// <summary>Lines of bytes, ending with a line feed, no longer than a bound. One reader at a time.</summary>
+internal sealed class LineReader
+{
+    private readonly Stream _stream;
+    private readonly int _maximumBytes;
+    private byte[] _buffer = new byte[4096];
+    private int _start;
+    private int _end;
+
+    internal LineReader(Stream stream, int maximumBytes)
+    {
+        _stream = stream;
+        _maximumBytes = maximumBytes;
+    }
+
+    /// <summary>The next line without its end; null at the end of the stream.</summary>
+    /// <exception cref="IOException">A line is too long, or the stream failed.</exception>
+    internal async Task<string?> ReadLineAsync(CancellationToken cancellation)
+    {
+        int searched = _start;
+        while (true)
+        {
+            int feed = _buffer.AsSpan(searched, _end - searched).IndexOf((byte)'\n');
+            if (feed >= 0)
+            {
+                string line = Encoding.UTF8.GetString(_buffer, _start, searched + feed - _start).TrimEnd('\r');
+                _start = searched + feed + 1;
+                return line;
+            }
+
+            if (_end - _start >= _maximumBytes)
+            {
+                throw new IOException($"a line is longer than {_maximumBytes} bytes");
+            }
+
+            searched = MakeRoom();
+            int count = await _stream.ReadAsync(_buffer.AsMemory(_end), cancellation).ConfigureAwait(false);
+            if (count == 0)
+            {
+                return null;
+            }
+
+            _end += count;
+        }
+    }
+
+    // Moves what is left to the front, and grows the buffer when it is full; gives where new bytes will stand.
+    private int MakeRoom()
+    {
+        if (_start > 0)
+        {
+            _buffer.AsSpan(_start, _end - _start).CopyTo(_buffer);
+            _end -= _start;
+            _start = 0;
+        }
+
+        if (_end == _buffer.Length)
+        {
+            Array.Resize(ref _buffer, Math.Min(_buffer.Length * 2, _maximumBytes));
+        }
+
+        return _end;
     }
 }

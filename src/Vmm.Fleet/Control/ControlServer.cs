@@ -33,7 +33,7 @@ public sealed class ControlServer : IAsyncDisposable
     private static readonly string[] s_commands =
     [
         "cont", "qmp_capabilities", "query-commands", "query-name", "query-status", "query-version", "quit", "screendump",
-        "stop", "system_powerdown", "system_reset", "vmm-save", "vmm-screen-text", "vmm-status",
+        "stop", "system_powerdown", "system_reset", "vmm-console-tail", "vmm-save", "vmm-screen", "vmm-screen-text", "vmm-status",
     ];
 
     private readonly Lock _gate = new();
@@ -260,6 +260,12 @@ public sealed class ControlServer : IAsyncDisposable
             case "screendump":
                 _machine.Screenshot(Path("filename", arguments));
                 return Done(id);
+            case "vmm-screen":
+                byte[] png = _machine.ScreenPng(Number("width", arguments, 0, 4096));
+                return Return(id, json => json.WriteBase64String("png", png));
+            case "vmm-console-tail":
+                byte[] tail = _machine.ConsoleTail(Number("bytes", arguments, 4096, 1 << 20));
+                return Return(id, json => json.WriteBase64String("bytes", tail));
             case "vmm-screen-text":
                 string text = _machine.ScreenText();
                 return Return(id, json => json.WriteString("text", text));
@@ -281,6 +287,12 @@ public sealed class ControlServer : IAsyncDisposable
 
         throw new ControlException($"needs \"{name}\", an absolute path");
     }
+
+    private static int Number(string name, JsonElement arguments, int otherwise, int maximum) =>
+        arguments.ValueKind == JsonValueKind.Object && arguments.TryGetProperty(name, out JsonElement value)
+            && value.ValueKind == JsonValueKind.Number && value.TryGetInt32(out int number) && number >= 0
+            ? Math.Min(number, maximum)
+            : otherwise;
 
     private static byte[] Done(JsonElement id) => Return(id, _ => { });
 

@@ -81,6 +81,14 @@ public interface IMachineControl
     /// <summary>Writes the screen to a PNG file.</summary>
     void Screenshot(string path);
 
+    /// <summary>The screen as PNG, in memory.</summary>
+    /// <param name="width">About how wide; 0 for the screen's own size. A screen is never enlarged.</param>
+    byte[] ScreenPng(int width);
+
+    /// <summary>What the guest wrote last to its console.</summary>
+    /// <param name="maximumBytes">At most so many bytes.</param>
+    byte[] ConsoleTail(int maximumBytes);
+
     /// <summary>The text of a screen in text mode.</summary>
     string ScreenText();
 

@@ -2,11 +2,14 @@
 using System;
 using System.Collections.Generic;
 using System.IO;
+using System.Net;
+using System.Net.Sockets;
 using System.Threading;
 using System.Threading.Channels;
 using System.Threading.Tasks;
 using Microsoft.Win32.SafeHandles;
 using Vmm.Config;
+using Vmm.Fleet.Web;
 using Vmm.Host;
 
 namespace Vmm.Fleet.Daemon;
@@ -15,7 +18,8 @@ namespace Vmm.Fleet.Daemon;
 /// <param name="Paths">Where things lie.</param>
 /// <param name="Program">The vmctl that is started for each VM.</param>
 /// <param name="StopOnExit">Stop the fleet when the daemon is told to end; otherwise VMs go on and are found again.</param>
-public sealed record DaemonOptions(FleetPaths Paths, string Program, bool StopOnExit);
+/// <param name="Web">Where the web page listens; null for none.</param>
+public sealed record DaemonOptions(FleetPaths Paths, string Program, bool StopOnExit, IPEndPoint? Web = null);
 
 /// <summary>
 /// Supervises the fleet that the definition directory declares: reads it, looks at it every two seconds, turns the
@@ -95,8 +99,9 @@ public sealed class FleetDaemon
         // First what runs, then what should run: otherwise everything that runs would be started again.
         Host.Adopt();
         Load(force: true, Host.LoadIntents());
-        await using var api = new HttpApi(this);
-        await api.StartAsync(stopping).ConfigureAwait(false);
+        await using var server = new HttpServer(this);
+        await server.StartAsync(stopping).ConfigureAwait(false);
+        await using WebServer? web = await StartWebAsync(stopping).ConfigureAwait(false);
         Say($"ready; definitions in {Paths.Definitions}, socket {Paths.DaemonSocket}");
         await TurnAsync(stopping).ConfigureAwait(false);
         if (_options.StopOnExit)
@@ -142,6 +147,35 @@ public sealed class FleetDaemon
 
             return _errors.Count == 0;
         }
+    }
+
+    // A port that is taken keeps the page from being there, not the fleet from being kept up.
+    private async Task<WebServer?> StartWebAsync(CancellationToken stopping)
+    {
+        if (_options.Web is not { } endPoint)
+        {
+            return null;
+        }
+
+        var web = new WebServer(this, new WebOptions(endPoint, Paths.WebToken, Paths.WebAddress));
+        try
+        {
+            await web.StartAsync(stopping).ConfigureAwait(false);
+        }
+        catch (Exception failure) when (failure is IOException or SocketException)
+        {
+            Say($"no web page on {endPoint}: {failure.Message.ReplaceLineEndings(" ")}");
+            await web.DisposeAsync().ConfigureAwait(false);
+            return null;
+        }
+
+        Say($"web page on {web.Address()}; \"vmctl web\" prints the address with its token");
+        if (!WebFiles.HasViewers)
+        {
+            Say("this vmctl was built without noVNC and xterm.js: the page shows no screens and consoles");
+        }
+
+        return web;
     }
 
     private async Task TurnAsync(CancellationToken stopping)

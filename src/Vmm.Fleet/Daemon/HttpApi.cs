@@ -8,13 +8,8 @@ using System.Text.Json;
 using System.Threading;
 using System.Threading.Tasks;
 using Microsoft.AspNetCore.Builder;
-using Microsoft.AspNetCore.Hosting;
 using Microsoft.AspNetCore.Http;
 using Microsoft.AspNetCore.Routing;
-using Microsoft.AspNetCore.Server.Kestrel.Core;
-using Microsoft.Extensions.DependencyInjection;
-using Microsoft.Extensions.Hosting;
-using Microsoft.Extensions.Logging;
 using Vmm.Config;
 using Vmm.Fleet.Control;
 
@@ -24,53 +19,19 @@ namespace Vmm.Fleet.Daemon;
 // open, so the file system decides who may do what. Routes are mapped to plain delegates and JSON is written by hand, so
 // nothing needs reflection. The document at /openapi.json describes exactly these routes; a test compares the two.
 
-/// <summary>The daemon's HTTP interface.</summary>
-internal sealed class HttpApi : IAsyncDisposable
+/// <summary>The routes of the daemon's HTTP interface, wherever they are served.</summary>
+internal sealed class HttpApi
 {
     private const string JsonType = "application/json; charset=utf-8";
 
     private readonly FleetDaemon _daemon;
-    private readonly WebApplication _application;
 
     internal HttpApi(FleetDaemon daemon)
     {
         _daemon = daemon;
-        FleetPaths.CheckSocket(daemon.Paths.DaemonSocket);
-        File.Delete(daemon.Paths.DaemonSocket);
-        WebApplicationBuilder builder = WebApplication.CreateSlimBuilder(new WebApplicationOptions { Args = [] });
-        builder.Logging.ClearProviders();
-        builder.Services.AddSingleton<IHostLifetime, NoLifetime>();
-        builder.WebHost.ConfigureKestrel(options =>
-        {
-            options.ListenUnixSocket(daemon.Paths.DaemonSocket);
-            options.AddServerHeader = false;
-            options.Limits.MaxRequestBodySize = 1 << 20;
-            options.Limits.MaxConcurrentConnections = 256;
-            options.ConfigureEndpointDefaults(endpoint => endpoint.Protocols = HttpProtocols.Http1);
-        });
-        _application = builder.Build();
-        Map(_application);
     }
 
-    internal Task StartAsync(CancellationToken cancellation) => _application.StartAsync(cancellation);
-
-    public async ValueTask DisposeAsync()
-    {
-        using var patience = new CancellationTokenSource(TimeSpan.FromSeconds(1));
-        try
-        {
-            await _application.StopAsync(patience.Token).ConfigureAwait(false);
-        }
-        catch (OperationCanceledException)
-        {
-            // Listeners of events stay until they are cut off.
-        }
-
-        await _application.DisposeAsync().ConfigureAwait(false);
-        File.Delete(_daemon.Paths.DaemonSocket);
-    }
-
-    private void Map(IEndpointRouteBuilder routes)
+    internal void Map(IEndpointRouteBuilder routes)
     {
         routes.MapGet("/openapi.json", context => WriteTextAsync(context, JsonType, OpenApi.Document));
         routes.MapGet("/metrics", MetricsAsync);
@@ -83,6 +44,8 @@ internal sealed class HttpApi : IAsyncDisposable
         routes.MapGet("/v1/vms", ListAsync);
         routes.MapGet("/v1/vms/{name}", ShowAsync);
         routes.MapGet("/v1/events", EventsAsync);
+        routes.MapGet("/v1/vms/{name}/screen", ScreenAsync);
+        routes.MapGet("/v1/vms/{name}/console", ConsoleAsync);
         routes.MapPost("/v1/reload", ReloadAsync);
         routes.MapPost("/v1/vms/{name}/start", StartVmAsync);
         routes.MapPost("/v1/vms/{name}/stop", StopVmAsync);
@@ -187,6 +150,52 @@ internal sealed class HttpApi : IAsyncDisposable
         }
 
         await WriteErrorAsync(context, 500, $"\"{vm.Name}\" did not do it; see its log").ConfigureAwait(false);
+    }
+
+    // ?width=N: a picture of about that width, for lists.
+    private async Task ScreenAsync(HttpContext context)
+    {
+        if (await FindAsync(context).ConfigureAwait(false) is not { } vm)
+        {
+            return;
+        }
+
+        bool isNumber = int.TryParse(context.Request.Query["width"], NumberStyles.None, CultureInfo.InvariantCulture, out int width);
+        (byte[]? png, string? why) = vm.Phase is VmPhase.Running or VmPhase.Stopping
+            ? await _daemon.Host.ScreenAsync(vm.Name, isNumber ? width : 0, context.RequestAborted).ConfigureAwait(false)
+            : (null, "is not running");
+        if (png is null)
+        {
+            await WriteErrorAsync(context, 409, $"\"{vm.Name}\" {why}").ConfigureAwait(false);
+            return;
+        }
+
+        context.Response.ContentType = "image/png";
+        context.Response.Headers.CacheControl = "no-store";
+        await context.Response.Body.WriteAsync(png, context.RequestAborted).ConfigureAwait(false);
+    }
+
+    // ?tail=N: at most that many bytes of what the guest wrote last. Bytes as the guest sent them, escapes and all.
+    private async Task ConsoleAsync(HttpContext context)
+    {
+        if (await FindAsync(context).ConfigureAwait(false) is not { } vm)
+        {
+            return;
+        }
+
+        bool isNumber = int.TryParse(context.Request.Query["tail"], NumberStyles.None, CultureInfo.InvariantCulture, out int tail);
+        byte[]? text = vm.Phase is VmPhase.Running or VmPhase.Stopping
+            ? await _daemon.Host.ConsoleTailAsync(vm.Name, isNumber ? Math.Clamp(tail, 1, 1 << 20) : 4096, context.RequestAborted).ConfigureAwait(false)
+            : null;
+        if (text is null)
+        {
+            await WriteErrorAsync(context, 409, $"\"{vm.Name}\" is not running").ConfigureAwait(false);
+            return;
+        }
+
+        context.Response.ContentType = "application/octet-stream";
+        context.Response.Headers.CacheControl = "no-store";
+        await context.Response.Body.WriteAsync(text, context.RequestAborted).ConfigureAwait(false);
     }
 
     private async Task ReloadAsync(HttpContext context)
@@ -371,6 +380,8 @@ internal sealed class HttpApi : IAsyncDisposable
                 json.WriteString("vnc", report.Vnc);
             }
         }
+
+        json.WriteBoolean("display", (vm.Running ?? vm.Spec).Display.Vga != VgaModel.None);
     }
 
     private static string Json(Action<Utf8JsonWriter> write)
@@ -386,26 +397,18 @@ internal sealed class HttpApi : IAsyncDisposable
         return Encoding.UTF8.GetString(buffer.GetBuffer(), 0, (int)buffer.Length);
     }
 
-    private static Task WriteJsonAsync(HttpContext context, int status, Action<Utf8JsonWriter> write)
+    internal static Task WriteJsonAsync(HttpContext context, int status, Action<Utf8JsonWriter> write)
     {
         context.Response.StatusCode = status;
         return WriteTextAsync(context, JsonType, Json(write));
     }
 
-    private static Task WriteErrorAsync(HttpContext context, int status, string message) =>
+    internal static Task WriteErrorAsync(HttpContext context, int status, string message) =>
         WriteJsonAsync(context, status, json => json.WriteString("error", message));
 
-    private static Task WriteTextAsync(HttpContext context, string type, string text)
+    internal static Task WriteTextAsync(HttpContext context, string type, string text)
     {
         context.Response.ContentType = type;
         return context.Response.WriteAsync(text, context.RequestAborted);
-    }
-
-    // The process's signals belong to the daemon, not to the web server.
-    private sealed class NoLifetime : IHostLifetime
-    {
-        public Task WaitForStartAsync(CancellationToken cancellationToken) => Task.CompletedTask;
-
-        public Task StopAsync(CancellationToken cancellationToken) => Task.CompletedTask;
     }
 }

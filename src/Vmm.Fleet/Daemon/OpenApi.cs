@@ -39,6 +39,16 @@ internal static class OpenApi
             "/v1/vms/{name}/reset": {"parameters": [{"$ref": "#/components/parameters/name"}],
               "post": {"operationId": "resetVm", "responses": {"200": {"$ref": "#/components/responses/Vm"},
                 "404": {"$ref": "#/components/responses/Error"}, "409": {"$ref": "#/components/responses/Error"}}}},
+            "/v1/vms/{name}/screen": {"parameters": [{"$ref": "#/components/parameters/name"}],
+              "get": {"operationId": "screenOfVm", "description": "What the screen shows now.",
+                "parameters": [{"name": "width", "in": "query", "schema": {"type": "integer"}, "description": "Shrink to about this width."}],
+                "responses": {"200": {"description": "A picture.", "content": {"image/png": {}}},
+                "404": {"$ref": "#/components/responses/Error"}, "409": {"$ref": "#/components/responses/Error"}}}},
+            "/v1/vms/{name}/console": {"parameters": [{"$ref": "#/components/parameters/name"}],
+              "get": {"operationId": "consoleOfVm", "description": "What the guest wrote to its console last.",
+                "parameters": [{"name": "tail", "in": "query", "schema": {"type": "integer"}, "description": "At most this many bytes."}],
+                "responses": {"200": {"description": "Bytes as the guest sent them.", "content": {"application/octet-stream": {}}},
+                "404": {"$ref": "#/components/responses/Error"}, "409": {"$ref": "#/components/responses/Error"}}}},
             "/v1/reload": {"post": {"operationId": "reload", "description": "Reads the definitions now.",
               "responses": {"200": {"description": "Number of VMs."}, "422": {"$ref": "#/components/responses/Error"}}}},
             "/v1/events": {"get": {"operationId": "events", "responses": {"200": {"description": "Server-sent events, one JSON object each.",
@@ -59,7 +69,7 @@ internal static class OpenApi
               "memory": {"type": "integer", "description": "bytes"}, "description": {"type": "string"}, "note": {"type": "string"},
               "last-exit": {"type": "string"}, "last-status": {"type": "integer"}, "last-message": {"type": "string"},
               "driver": {"type": "string"}, "uptime": {"type": "number"}, "cpu-time": {"type": "number"},
-              "resident": {"type": "integer"}, "vnc": {"type": "string"}, "definition": {"type": "string"}}}}
+              "resident": {"type": "integer"}, "vnc": {"type": "string"}, "display": {"type": "boolean"}, "definition": {"type": "string"}}}}
           }
         }
         """;

@@ -8,6 +8,7 @@ using System.IO;
 using System.Net;
 using System.Net.Sockets;
 using System.Text;
+using System.Text.Json;
 using System.Text.RegularExpressions;
 using System.Threading;
 using System.Threading.Tasks;
@@ -242,6 +243,51 @@ public sealed class ProcessVmHost : IVmHost
             return client is null ? null : await client.ReportAsync(cancellation).ConfigureAwait(false);
         }
         catch (ControlException)
+        {
+            return null;
+        }
+    }
+
+    /// <summary>The screen of a running VM as PNG, or why there is none.</summary>
+    public async Task<(byte[]? Png, string? Why)> ScreenAsync(string name, int width, CancellationToken cancellation)
+    {
+        try
+        {
+            using ControlClient? client = await ControlClient.TryConnectAsync(_paths.Of(name).Control, cancellation).ConfigureAwait(false);
+            if (client is null)
+            {
+                return (null, "does not answer");
+            }
+
+            JsonElement answer = await client.ExecuteAsync("vmm-screen", json => json.WriteNumber("width", width), cancellation).ConfigureAwait(false);
+            return (answer.GetProperty("png").GetBytesFromBase64(), null);
+        }
+        catch (ControlException refused)
+        {
+            return (null, "gives no picture: " + refused.Message);
+        }
+        catch (Exception odd) when (odd is FormatException or KeyNotFoundException or InvalidOperationException)
+        {
+            return (null, "gives no picture");
+        }
+    }
+
+    /// <summary>What a running VM wrote last to its console; null when it does not answer.</summary>
+    public async Task<byte[]?> ConsoleTailAsync(string name, int maximumBytes, CancellationToken cancellation)
+    {
+        try
+        {
+            using ControlClient? client = await ControlClient.TryConnectAsync(_paths.Of(name).Control, cancellation).ConfigureAwait(false);
+            if (client is null)
+            {
+                return null;
+            }
+
+            JsonElement answer = await client.ExecuteAsync(
+                "vmm-console-tail", json => json.WriteNumber("bytes", maximumBytes), cancellation).ConfigureAwait(false);
+            return answer.GetProperty("bytes").GetBytesFromBase64();
+        }
+        catch (Exception odd) when (odd is ControlException or FormatException or KeyNotFoundException or InvalidOperationException)
         {
             return null;
         }
