@@ -362,7 +362,6 @@ int	vmk_mem_init(struct vmk_vm *);
 /* Drop all slots; then, after vmk_mm_detach(), the rest. */
 void	vmk_mem_fini(struct vmk_vm *);
 void	vmk_mem_free(struct vmk_vm *);
-uint64_t vmk_mem_charged(void);
 int	vmk_mem_set_region(struct vmk_vm *, const struct abi_memory_region *);
 int	vmk_mem_get_dirty(struct vmk_vm *, const struct abi_dirty_log *);
 /* What became of a nested page fault. */

@@ -6,12 +6,18 @@
  * on where (and whether) <stdint.h> lives.  The core therefore takes its types
  * from the compiler.  A glue file that has already read its own kernel's
  * headers defines VMK_HOST_TYPES and keeps the host's definitions, which have
- * the same size and representation.
+ * the same size and representation.  Where kernels are built without the
+ * compiler's headers, VMK_TYPES_HEADER names a file of the glue that has the
+ * same to offer.
  */
 #ifndef VMK_TYPES_H
 #define	VMK_TYPES_H
 
-#ifndef VMK_HOST_TYPES
+#if !defined(VMK_HOST_TYPES) && defined(VMK_TYPES_HEADER)
+
+#include VMK_TYPES_HEADER
+
+#elif !defined(VMK_HOST_TYPES)
 
 #include <stddef.h>
 #include <stdint.h>
@@ -22,7 +28,7 @@ void	*memmove(void *, const void *, size_t);
 void	*memset(void *, int, size_t);
 int	 memcmp(const void *, const void *, size_t);
 
-#endif /* !VMK_HOST_TYPES */
+#endif
 
 #define	VMK_PAGE_SHIFT	12
 #define	VMK_PAGE_SIZE	4096UL
