@@ -11,8 +11,11 @@ try
         case ["exitpath", string loop]:
             ExitPath.Run(loop);
             return 0;
+        case ["startup", string vmctl, string payload, string accel]:
+            StartUp.Run(vmctl, payload, accel);
+            return 0;
         default:
-            Console.Error.WriteLine("usage: vmbench exitpath PROGRAM   (PROGRAM: tests/abi/exitbench.c, compiled)");
+            Console.Error.WriteLine("usage: vmbench exitpath PROGRAM   (tests/abi/exitbench.c, compiled)\n       vmbench startup VMCTL PAYLOAD kvm|soft");
             return 64;
     }
 }
