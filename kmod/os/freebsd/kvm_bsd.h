@@ -19,7 +19,7 @@ struct kvm_bsd_request {
 	uint64_t	arg;		/* ioctl's third argument */
 };
 
-#define	KVM_BSD_REQUEST	_IOW('\xAE', 0xff, struct kvm_bsd_request)
+#define	KVM_BSD_REQUEST	_IOW(0xae, 0xff, struct kvm_bsd_request)
 
 #ifndef _KERNEL
 #include <sys/ioctl.h>

@@ -35,7 +35,8 @@ flags="-target x86_64-unknown-freebsd13.2 -O2 -std=gnu11 -nostdinc
     -mno-mmx -mno-sse -mno-aes -mno-avx -msoft-float
     -fno-asynchronous-unwind-tables -Wall -Wextra -Werror -Wredundant-decls
     -Wnested-externs -Wstrict-prototypes -Wmissing-prototypes -Wpointer-arith
-    -Wundef -Wno-pointer-sign -Wno-unknown-pragmas -Wframe-larger-than=2048
+    -Wundef -Wno-pointer-sign -Wno-unused-parameter -Wno-unknown-pragmas
+    -Wframe-larger-than=2048
     -D__printf__=__freebsd_kprintf__ -D_KERNEL -DKLD_MODULE
     -DHAVE_KERNEL_OPTION_HEADERS -include $out/h/opt_global.h
     -isystem $out/h -isystem $sys -isystem $sys/contrib/ck/include
