@@ -1,0 +1,623 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Buffers.Binary;
+using System.Threading;
+using Vmm.Core;
+using Vmm.Devices.Pci;
+
+namespace Vmm.Devices.Net;
+
+/// <summary>
+/// Realtek RTL8139C, by the "RTL8139C(L) data sheet", sections named below. Four transmit descriptors in registers, one
+/// receive buffer that is a ring of bytes. Transmit work runs on the card's thread, received frames are written on the
+/// network's.
+/// </summary>
+/// <remarks>
+/// Not there: the C+ mode with descriptor rings (the revision says so, and drivers then use the old mode), wake-up, flash
+/// and CardBus. The FCS behind received frames is zero.
+/// </remarks>
+public sealed class Rtl8139 : PciFunction, INetReceiver
+{
+    private const int RegisterBytes = 256;
+    private const int Descriptors = 4;
+    private const int MaxFrameBytes = 1792;
+    private const int FrameHeaderBytes = 4;
+
+    private const int Idr = 0x00;
+    private const int Mar = 0x08;
+    private const int Tsd = 0x10;
+    private const int Tsad = 0x20;
+    private const int Rbstart = 0x30;
+    private const int Cr = 0x37;
+    private const int Capr = 0x38;
+    private const int Cbr = 0x3A;
+    private const int Imr = 0x3C;
+    private const int Isr = 0x3E;
+    private const int Tcr = 0x40;
+    private const int Rcr = 0x44;
+    private const int Mpc = 0x4C;
+    private const int Eecr = 0x50;
+    private const int Config1 = 0x52;
+    private const int Msr = 0x58;
+    private const int Tsads = 0x60;
+    private const int Bmcr = 0x62;
+    private const int Bmsr = 0x64;
+    private const int Anar = 0x66;
+    private const int Anlpar = 0x68;
+    private const int Aner = 0x6A;
+
+    private const byte CommandBufferEmpty = 1;
+    private const byte CommandTransmit = 4;
+    private const byte CommandReceive = 8;
+    private const byte CommandReset = 0x10;
+
+    private const ushort InterruptRxOk = 1 << 0;
+    private const ushort InterruptTxOk = 1 << 2;
+    private const ushort InterruptTxError = 1 << 3;
+
+    private const uint TxOwn = 1 << 13;
+    private const uint TxOk = 1 << 15;
+    private const uint TxAborted = 1 << 30;
+    private const uint HardwareVersion = 0x7400_0000; // RTL8139C
+
+    private const uint AcceptAll = 1;
+    private const uint AcceptOurs = 2;
+    private const uint AcceptMulticast = 4;
+    private const uint AcceptBroadcast = 8;
+    private const uint NoWrap = 1 << 7;
+
+    private readonly Lock _gate = new();
+    private readonly byte[] _registers = new byte[RegisterBytes];
+    private readonly byte[] _mac = new byte[6];
+    private readonly ushort[] _eeprom = new ushort[64];
+    private readonly INetBackend _backend;
+    private readonly NicWorker _worker;
+    private readonly byte[] _txFrame = new byte[MaxFrameBytes];
+    private readonly byte[] _rxFrame = new byte[NetFrames.MaxFrameBytes + 8];
+    private int _next;
+    private int _eepromCount;
+    private uint _eepromCommand;
+    private bool _eepromOut = true;
+    private bool _rxPaused = true;
+    private bool _rxStalled;
+    private long _dropped;
+
+    /// <summary>Makes a card on a network, which it owns.</summary>
+    /// <param name="id">Name.</param>
+    /// <param name="backend">The network.</param>
+    /// <param name="mac">Six bytes, stored in the EEPROM.</param>
+    /// <param name="inline">Transmit on the thread that writes the descriptor: for tests.</param>
+    public Rtl8139(string id, INetBackend backend, ReadOnlySpan<byte> mac, bool inline = false)
+        : base(id, new PciIdentity(0x10EC, 0x8139, 0x020000, 0x10, 0x10EC, 0x8139))
+    {
+        ArgumentNullException.ThrowIfNull(backend);
+        ArgumentOutOfRangeException.ThrowIfNotEqual(mac.Length, 6, nameof(mac));
+        mac.CopyTo(_mac);
+        _backend = backend;
+        _worker = new NicWorker("rtl8139 " + id, Transmit, inline);
+        _eeprom[0] = 0x8129;
+        _eeprom[1] = 0x10EC;
+        _eeprom[2] = 0x8139;
+        for (int i = 0; i < 3; i++)
+        {
+            _eeprom[7 + i] = BinaryPrimitives.ReadUInt16LittleEndian(mac[(2 * i)..]);
+        }
+
+        UseIntx();
+        var window = new Window(this);
+        AddBar(0, PciBarKind.Io, window);
+        AddBar(1, PciBarKind.Memory32, window);
+        ResetRegisters();
+        backend.Attach(this);
+    }
+
+    /// <inheritdoc/>
+    public override int StateVersion => 1;
+
+    /// <summary>Frames that the guest's ring or descriptors could not carry.</summary>
+    public long Dropped => Interlocked.Read(ref _dropped);
+
+    /// <inheritdoc/>
+    public override void Pause()
+    {
+        _worker.Pause();
+        lock (_gate)
+        {
+            _rxPaused = true;
+        }
+    }
+
+    /// <inheritdoc/>
+    public override void Resume()
+    {
+        lock (_gate)
+        {
+            _rxPaused = false;
+        }
+
+        _worker.Resume();
+        _backend.ResumeReceive();
+    }
+
+    /// <inheritdoc/>
+    public bool TryReceive(ReadOnlySpan<byte> frame, in NetOffload offload)
+    {
+        lock (_gate)
+        {
+            if (_rxPaused)
+            {
+                return false;
+            }
+
+            bool listens = (_registers[Cr] & CommandReceive) != 0;
+            if (!listens || frame.Length < 14 || frame.Length > NetFrames.MaxFrameBytes || !IsWanted(frame))
+            {
+                return true;
+            }
+
+            if (offload.SegmentKind == 0)
+            {
+                Span<byte> copy = _rxFrame.AsSpan(FrameHeaderBytes, frame.Length);
+                frame.CopyTo(copy);
+                return !NetFrames.TryCompleteChecksum(copy, offload) || Deliver(frame.Length);
+            }
+
+            int position = 0;
+            bool first = true;
+            while (NetFrames.TryNextSegment(frame, offload, ref position, _rxFrame.AsSpan(FrameHeaderBytes), out int length))
+            {
+                if (!Deliver(length))
+                {
+                    if (first)
+                    {
+                        return false;
+                    }
+
+                    Interlocked.Increment(ref _dropped);
+                    return true; // TCP sends the rest again
+                }
+
+                first = false;
+            }
+
+            return true;
+        }
+    }
+
+    /// <inheritdoc/>
+    protected override void ResetCard()
+    {
+        lock (_gate)
+        {
+            ResetRegisters();
+        }
+    }
+
+    /// <inheritdoc/>
+    protected override void SaveCard(StateWriter writer)
+    {
+        ArgumentNullException.ThrowIfNull(writer);
+        lock (_gate)
+        {
+            writer.WriteBytes("rtl.registers", _registers);
+            writer.Write("rtl.next", (ulong)_next);
+            writer.Write("rtl.eeprom-count", (ulong)_eepromCount);
+            writer.Write("rtl.eeprom-command", _eepromCommand);
+            writer.Write("rtl.eeprom-out", _eepromOut);
+        }
+    }
+
+    /// <inheritdoc/>
+    protected override void LoadCard(StateReader reader, int version)
+    {
+        ArgumentNullException.ThrowIfNull(reader);
+        lock (_gate)
+        {
+            reader.ReadBytes("rtl.registers", _registers);
+            _next = (int)reader.ReadBounded("rtl.next", Descriptors - 1);
+            _eepromCount = (int)reader.ReadBounded("rtl.eeprom-count", 1024);
+            _eepromCommand = reader.ReadUInt32("rtl.eeprom-command");
+            _eepromOut = reader.ReadBoolean("rtl.eeprom-out");
+            UpdateInterrupt();
+        }
+    }
+
+    /// <inheritdoc/>
+    protected override void Dispose(bool disposing)
+    {
+        if (disposing)
+        {
+            _worker.Dispose();
+            _backend.Dispose();
+        }
+
+        base.Dispose(disposing);
+    }
+
+    private ushort Get16(int at) => BinaryPrimitives.ReadUInt16LittleEndian(_registers.AsSpan(at));
+
+    private uint Get32(int at) => BinaryPrimitives.ReadUInt32LittleEndian(_registers.AsSpan(at));
+
+    private void Set16(int at, ushort value) => BinaryPrimitives.WriteUInt16LittleEndian(_registers.AsSpan(at), value);
+
+    private void Set32(int at, uint value) => BinaryPrimitives.WriteUInt32LittleEndian(_registers.AsSpan(at), value);
+
+    private void ResetRegisters()
+    {
+        Array.Clear(_registers);
+        _mac.CopyTo(_registers, Idr);
+        for (int i = 0; i < Descriptors; i++)
+        {
+            Set32(Tsd + (4 * i), TxOwn); // the host owns them
+        }
+
+        _registers[Cr] = CommandBufferEmpty;
+        Set16(Capr, 0xFFF0);
+        Set32(Tcr, HardwareVersion);
+        _registers[Config1] = 0x0C;
+        _registers[Msr] = 0x10; // link up (the bit says "fail"), 100 Mbit/s
+        Set16(Bmcr, 0x3100);
+        Set16(Bmsr, 0x782D);
+        Set16(Anar, 0x05E1);
+        Set16(Anlpar, 0x45E1);
+        Set16(Aner, 0x0001);
+        _next = 0;
+        _eepromCount = 0;
+        _eepromOut = true;
+        UpdateInterrupt();
+    }
+
+    private void UpdateInterrupt() => Intx.Set((Get16(Isr) & Get16(Imr)) != 0);
+
+    private void Interrupt(ushort cause)
+    {
+        Set16(Isr, (ushort)(Get16(Isr) | cause));
+        UpdateInterrupt();
+    }
+
+    private byte ReadByte(int offset)
+    {
+        switch (offset)
+        {
+            case Cr:
+                return (byte)((_registers[Cr] & ~CommandBufferEmpty) | (IsEmpty ? CommandBufferEmpty : 0));
+            case Eecr:
+                return (byte)((_registers[Eecr] & 0xCE) | (_eepromOut ? 1 : 0));
+            case Tsads:
+            case Tsads + 1:
+                return (byte)(Summary() >> (8 * (offset - Tsads)));
+            default:
+                return _registers[offset];
+        }
+    }
+
+    // TSAD: OWN, TABT, TUN and TOK of the four descriptors in one word.
+    private ushort Summary()
+    {
+        int summary = 0;
+        for (int i = 0; i < Descriptors; i++)
+        {
+            uint status = Get32(Tsd + (4 * i));
+            summary |= (status & TxOwn) != 0 ? 1 << i : 0;
+            summary |= (status & TxAborted) != 0 ? 1 << (4 + i) : 0;
+            summary |= (status & TxOk) != 0 ? 1 << (12 + i) : 0;
+        }
+
+        return (ushort)summary;
+    }
+
+    private int BufferBytes => 8192 << (int)((Get32(Rcr) >> 11) & 3);
+
+    // CAPR is what the driver has read, less 16 for a pipeline that we do not have.
+    private int ReadOffset => (Get16(Capr) + 16) & 0xFFFF;
+
+    private bool IsEmpty => Get16(Cbr) == ReadOffset % BufferBytes;
+
+    private bool IsWanted(ReadOnlySpan<byte> frame)
+    {
+        uint rcr = Get32(Rcr);
+        if ((rcr & AcceptAll) != 0)
+        {
+            return true;
+        }
+
+        if (frame[..6].IndexOfAnyExcept((byte)0xFF) < 0)
+        {
+            return (rcr & AcceptBroadcast) != 0;
+        }
+
+        if ((frame[0] & 1) == 0)
+        {
+            return (rcr & AcceptOurs) != 0 && frame[..6].SequenceEqual(_registers.AsSpan(Idr, 6));
+        }
+
+        if ((rcr & AcceptMulticast) == 0)
+        {
+            return false;
+        }
+
+        int bit = (int)(Crc(frame[..6]) >> 26);
+        return (_registers[Mar + (bit / 8)] & (1 << (bit & 7))) != 0;
+    }
+
+    // The Ethernet CRC, most significant bit first, as the hash of multicast addresses.
+    private static uint Crc(ReadOnlySpan<byte> bytes)
+    {
+        uint crc = uint.MaxValue;
+        foreach (byte value in bytes)
+        {
+            for (int bit = 0; bit < 8; bit++)
+            {
+                bool carry = (crc >> 31 != 0) != ((value >> bit & 1) != 0);
+                crc = (crc << 1) ^ (carry ? 0x04C1_1DB7u : 0);
+            }
+        }
+
+        return crc;
+    }
+
+    // Under the gate: a frame at _rxFrame[4..]. A header of status and length goes before it, both rounded up to 4.
+    private bool Deliver(int length)
+    {
+        Span<byte> frame = _rxFrame.AsSpan(FrameHeaderBytes);
+        if (length < 60)
+        {
+            frame[length..60].Clear();
+            length = 60;
+        }
+
+        frame.Slice(length, 4).Clear();
+        int withCrc = length + 4;
+        int whole = (FrameHeaderBytes + withCrc + 3) & ~3;
+        int size = BufferBytes;
+        int write = Get16(Cbr) % size;
+        int read = ReadOffset % size;
+        int free = write == read ? size : (read - write + size) % size;
+        if (withCrc > MaxFrameBytes || whole >= size)
+        {
+            Interlocked.Increment(ref _dropped);
+            return true;
+        }
+
+        if (free <= whole)
+        {
+            _rxStalled = true;
+            return false;
+        }
+
+        BinaryPrimitives.WriteUInt16LittleEndian(_rxFrame, 1); // ROK
+        BinaryPrimitives.WriteUInt16LittleEndian(_rxFrame.AsSpan(2), (ushort)withCrc);
+        ulong start = Get32(Rbstart);
+        ReadOnlySpan<byte> data = _rxFrame.AsSpan(0, FrameHeaderBytes + withCrc);
+        bool overrun = (Get32(Rcr) & NoWrap) != 0 && size < 65536; // the driver left room behind the ring
+        int first = overrun ? data.Length : Math.Min(data.Length, size - write);
+        bool ok = Dma.TryWrite(start + (uint)write, data[..first])
+            && (first == data.Length || Dma.TryWrite(start, data[first..]));
+        if (!ok)
+        {
+            Interlocked.Increment(ref _dropped);
+            return true;
+        }
+
+        Set16(Cbr, (ushort)((write + whole) % size));
+        Interrupt(InterruptRxOk);
+        return true;
+    }
+
+    private void Write(int offset, int length, uint value)
+    {
+        bool transmit = false;
+        bool resume = false;
+        lock (_gate)
+        {
+            switch (offset)
+            {
+                case >= Tsd and < Tsd + 16 when length == 4 && (offset & 3) == 0:
+                    // Size and threshold are the driver's, the rest ours; clearing OWN hands it over (data sheet 5.2).
+                    Set32(offset, value & 0x003F_3FFF);
+                    transmit = (value & TxOwn) == 0;
+                    break;
+                case >= Tsad and < Tsad + 16 when length == 4 && (offset & 3) == 0:
+                case Rbstart when length == 4:
+                    Set32(offset, value);
+                    break;
+                case Cr:
+                    if ((value & CommandReset) != 0)
+                    {
+                        byte[] mac = _registers.AsSpan(Idr, 6).ToArray();
+                        ResetRegisters();
+                        mac.CopyTo(_registers, Idr);
+                        break;
+                    }
+
+                    _registers[Cr] = (byte)(value & (CommandTransmit | CommandReceive));
+                    resume = true;
+                    break;
+                case Capr when length >= 2:
+                    Set16(Capr, (ushort)value);
+                    resume = _rxStalled;
+                    _rxStalled = false;
+                    break;
+                case Imr when length >= 2:
+                    Set16(Imr, (ushort)value);
+                    if (length == 4)
+                    {
+                        Set16(Isr, (ushort)(Get16(Isr) & ~(value >> 16)));
+                    }
+
+                    UpdateInterrupt();
+                    break;
+                case Isr when length >= 2:
+                    Set16(Isr, (ushort)(Get16(Isr) & ~value)); // write one to clear
+                    UpdateInterrupt();
+                    break;
+                case Tcr when length == 4:
+                    Set32(Tcr, (value & 0x0307_07F0) | HardwareVersion);
+                    break;
+                case Rcr when length == 4:
+                    // Filters change while frames flow; another length of the ring starts it anew.
+                    if (((Get32(Rcr) ^ value) & (3 << 11)) != 0)
+                    {
+                        Set16(Cbr, 0);
+                        Set16(Capr, 0xFFF0);
+                    }
+
+                    Set32(Rcr, value & 0x0F03_FFFF);
+                    resume = true;
+                    break;
+                case Mpc when length == 4:
+                    Set32(Mpc, 0);
+                    break;
+                case Eecr:
+                    WriteEecr((byte)value);
+                    break;
+                case Bmcr when length >= 2:
+                    Set16(Bmcr, (ushort)(value & 0x3100)); // a restart of negotiation is done at once
+                    break;
+                case >= Idr and < Idr + 6:
+                case >= Mar and < Mar + 8:
+                case Config1:
+                case Config1 + 7:
+                case Anar:
+                    Store(offset, length, value);
+                    break;
+            }
+        }
+
+        if (transmit)
+        {
+            _worker.Kick();
+        }
+
+        if (resume)
+        {
+            _backend.ResumeReceive();
+        }
+    }
+
+    private void Store(int offset, int length, uint value)
+    {
+        for (int i = 0; i < length && offset + i < RegisterBytes; i++)
+        {
+            _registers[offset + i] = (byte)(value >> (8 * i));
+        }
+    }
+
+    // 93C46 in programming mode: chip select 3, clock 2, data in 1, data out 0 (data sheet 5.6).
+    private void WriteEecr(byte value)
+    {
+        byte before = _registers[Eecr];
+        _registers[Eecr] = (byte)(value & 0xCE);
+        bool selected = (value & 0xC8) == 0x88;
+        if (!selected)
+        {
+            _eepromCount = 0;
+            _eepromCommand = 0;
+            _eepromOut = true;
+            return;
+        }
+
+        bool rising = (before & 4) == 0 && (value & 4) != 0;
+        bool bit = (value & 2) != 0;
+        if (!rising || (_eepromCount == 0 && !bit))
+        {
+            return;
+        }
+
+        if (_eepromCount < 9)
+        {
+            _eepromCommand = (_eepromCommand << 1) | (bit ? 1u : 0);
+            _eepromCount++;
+            _eepromOut = _eepromCount < 9;
+        }
+        else if (_eepromCommand >> 6 == 0b110)
+        {
+            int at = _eepromCount - 9;
+            _eepromCount = at == 15 ? 9 : _eepromCount + 1;
+            _eepromOut = ((_eeprom[_eepromCommand & 63] >> (15 - at)) & 1) != 0;
+            if (at == 15)
+            {
+                _eepromCommand = (_eepromCommand & ~63u) | ((_eepromCommand + 1) & 63);
+            }
+        }
+    }
+
+    // On the worker: descriptors go round in order.
+    private void Transmit()
+    {
+        for (int i = 0; i < Descriptors; i++)
+        {
+            int length;
+            bool ok;
+            int at;
+            lock (_gate)
+            {
+                at = Tsd + (4 * _next);
+                uint status = Get32(at);
+                if ((_registers[Cr] & CommandTransmit) == 0 || (status & TxOwn) != 0)
+                {
+                    return;
+                }
+
+                length = (int)(status & 0x1FFF);
+                ok = length is >= 14 and <= MaxFrameBytes
+                    && Dma.TryRead(Get32(Tsad + (4 * _next)), _txFrame.AsSpan(0, length));
+            }
+
+            if (ok)
+            {
+                _backend.Send(_txFrame.AsSpan(0, length), default);
+            }
+
+            lock (_gate)
+            {
+                if (!ok)
+                {
+                    Interlocked.Increment(ref _dropped);
+                }
+
+                Set32(at, Get32(at) | TxOwn | (ok ? TxOk : TxAborted));
+                _next = (_next + 1) % Descriptors;
+                Interrupt(ok ? InterruptTxOk : InterruptTxError);
+            }
+        }
+
+        _worker.Kick(); // a driver that is as fast as we are
+    }
+
+    private sealed class Window : IRegisterWindow
+    {
+        private readonly Rtl8139 _owner;
+
+        public Window(Rtl8139 owner) => _owner = owner;
+
+        public uint Length => RegisterBytes;
+
+        public ulong Read(uint offset, AccessWidth width)
+        {
+            lock (_owner._gate)
+            {
+                ulong value = 0;
+                for (int i = (int)width - 1; i >= 0; i--)
+                {
+                    value = (value << 8) | _owner.ReadByte((int)offset + i);
+                }
+
+                return value;
+            }
+        }
+
+        public void Write(uint offset, AccessWidth width, ulong value)
+        {
+            if (width == AccessWidth.Qword)
+            {
+                _owner.Write((int)offset, 4, (uint)value);
+                _owner.Write((int)offset + 4, 4, (uint)(value >> 32));
+            }
+            else
+            {
+                _owner.Write((int)offset, (int)width, (uint)value);
+            }
+        }
+    }
+}
