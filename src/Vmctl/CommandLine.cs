@@ -43,6 +43,7 @@ internal static class CommandLine
             ControlCommands.Unpause(context),
             ControlCommands.Reset(context),
             ControlCommands.Screenshot(context),
+            ControlCommands.Balloon(context),
             ControlCommands.Snapshot(context),
             ConsoleCommand.Create(context),
             LogCommand.Create(context),

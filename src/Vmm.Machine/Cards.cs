@@ -73,6 +73,9 @@ internal sealed class Cards : IDisposable
                 case NicModel.E1000:
                     yield return new E1000(id, MakeNetwork(nic, mac), mac);
                     break;
+                case NicModel.Rtl8139:
+                    yield return new Rtl8139(id, MakeNetwork(nic, mac), mac);
+                    break;
             }
         }
 

@@ -4,6 +4,7 @@ using System.Collections.Generic;
 using System.IO;
 using System.Threading;
 using Vmm.Core;
+using Vmm.Devices.Virtio;
 using Vmm.Memory;
 
 namespace Vmm.Machine;
@@ -184,6 +185,29 @@ public sealed class Machine : IVcpuOwner, IDisposable
     /// <summary>Presses the power button: asks the guest to shut down.</summary>
     /// <returns>False when the guest does not listen, so that asking is pointless.</returns>
     public bool PressPowerButton() => _parts.PowerButton?.Invoke() ?? false;
+
+    /// <summary>
+    /// Asks the guest to keep no more memory than that; it may take its time, or not do it at all. The balloon returns what
+    /// the guest gives up to the host.
+    /// </summary>
+    /// <param name="memoryBytes">From 0 to the size of the machine's memory; larger values mean all of it.</param>
+    /// <returns>False when the machine has no balloon.</returns>
+    public bool TrySetMemory(long memoryBytes)
+    {
+        if (_parts.Balloon is not { } balloon)
+        {
+            return false;
+        }
+
+        long give = Math.Clamp((long)_parts.Layout.MemoryBytes - memoryBytes, 0, (long)_parts.Layout.MemoryBytes);
+        balloon.TargetPages = (uint)(give / VirtioBalloon.PageBytes);
+        return true;
+    }
+
+    /// <summary>Memory that the guest keeps, as it says itself, in bytes; null without a balloon.</summary>
+    public long? GuestMemoryBytes => _parts.Balloon is { } balloon
+        ? (long)_parts.Layout.MemoryBytes - ((long)balloon.ActualPages * VirtioBalloon.PageBytes)
+        : null;
 
     /// <summary>Reads what the driver logged into the page flags (display, snapshots).</summary>
     public void CollectDirty() => _parts.Slots.CollectDirty();

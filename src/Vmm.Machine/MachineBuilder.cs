@@ -3,7 +3,9 @@ using System;
 using System.Collections.Generic;
 using Vmm.Config;
 using Vmm.Core;
+using Vmm.Devices.Display;
 using Vmm.Devices.Firmware;
+using Vmm.Devices.Input;
 using Vmm.Devices.Legacy;
 using Vmm.Devices.Pci;
 using Vmm.Host;
@@ -219,11 +221,6 @@ public sealed class MachineBuilder : IDisposable
         Refuse(_spec.VmGenId, "vmgenid: the device is");
         Refuse(_spec.Clock.Source == ClockSource.Icount, "clock: icount is");
         Refuse(_spec.Watchdog == WatchdogAction.Pause, "watchdog: pause is");
-        foreach (NicSpec nic in _spec.Nics)
-        {
-            Refuse(nic.Model == NicModel.Rtl8139, "nics: model rtl8139 is");
-        }
-
         foreach (InputDevice input in _spec.Input)
         {
             Refuse(input is InputDevice.UsbKeyboard or InputDevice.UsbTablet, "input: USB devices are");
@@ -288,9 +285,10 @@ public sealed class MachineBuilder : IDisposable
         Attach(parts, bus, pm, 1, 3);
         _ports.Map(AcpiPm.ApmPort, pm.ApmWindow);
         parts.PowerButton = pm.PressPowerButton;
+        I8042? keyboard = null;
         if (firmware is not null || _spec.Display.Vga != VgaModel.None)
         {
-            ScreenWiring.Add(parts, _spec, bus, _memory, _clock, _system, isaLines);
+            keyboard = ScreenWiring.Add(parts, _spec, bus, _memory, _clock, _system, isaLines);
         }
 
         if (_spec.Watchdog != WatchdogAction.None)
@@ -308,9 +306,11 @@ public sealed class MachineBuilder : IDisposable
             parts.Devices.Add(card);
         }
 
+        parts.Balloon = cards.Balloon;
+        ScreenWiring.Serve(parts, _spec, keyboard, cards.Inputs);
         if (firmware is not null)
         {
-            FirmwareWiring.Describe(parts, _spec, _layout, bus, rtc, storage, parts.Display is not null);
+            FirmwareWiring.Describe(parts, _spec, _layout, bus, rtc, storage, parts.Display is Vga);
             _ports.Map(DebugConsolePort.FirmwarePort, new DebugConsolePort(_chars.Make("firmware", new CharSpec(CharKind.Log))));
         }
 
@@ -339,7 +339,7 @@ public sealed class MachineBuilder : IDisposable
             Cpus = _spec.Cpus.Count,
             SerialPorts = _spec.Serial.Count,
             HasHpet = true,
-            HasVga = parts.Display is not null,
+            HasVga = parts.Display is Vga,
             HasKeyboardController = parts.Display is not null,
         });
         const ulong Rsdp = MemoryLayout.TablesStart;

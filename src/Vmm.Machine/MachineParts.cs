@@ -2,6 +2,7 @@
 using System;
 using System.Collections.Generic;
 using Vmm.Core;
+using Vmm.Devices.Virtio;
 using Vmm.Memory;
 
 namespace Vmm.Machine;
@@ -58,6 +59,9 @@ internal sealed class MachineParts
 
     /// <summary>What a viewer sees, or null.</summary>
     public IDisplaySurface? Display { get; set; }
+
+    /// <summary>The memory balloon, or null.</summary>
+    public VirtioBalloon? Balloon { get; set; }
 
     /// <summary>Presses the power button; false when the guest does not listen.</summary>
     public Func<bool>? PowerButton { get; set; }

@@ -12,6 +12,7 @@ using Vmm.Devices.Display;
 using Vmm.Devices.Input;
 using Vmm.Devices.Legacy;
 using Vmm.Devices.Pci;
+using Vmm.Devices.Virtio;
 using Vmm.Host;
 using Vmm.Machine.Boot;
 using Vmm.Memory;
@@ -23,9 +24,10 @@ internal static class ScreenWiring
 {
     private const ulong VideoMemoryBytes = 16 << 20;
 
-    /// <summary>Adds keyboard and mouse, the card that the definition asks for, and its viewers' server.</summary>
-    /// <exception cref="BootException">The card does not exist yet, or the server cannot listen.</exception>
-    public static void Add(
+    /// <summary>Adds keyboard and mouse and the card that the definition asks for.</summary>
+    /// <returns>The keyboard controller.</returns>
+    /// <exception cref="BootException">The card does not exist yet.</exception>
+    public static I8042 Add(
         MachineParts parts,
         MachineSpec spec,
         PciBus bus,
@@ -38,14 +40,11 @@ internal static class ScreenWiring
         parts.Devices.Add(keyboard);
         bus.Ports.Map(I8042.DataPort, keyboard.Data);
         bus.Ports.Map(I8042.CommandPort, keyboard.Command);
-        if (AddCard(parts, spec, bus, memory, clock) is { } card)
-        {
-            parts.Display = card;
-            Serve(parts, spec, card, keyboard);
-        }
+        parts.Display = AddCard(parts, spec, bus, memory, clock);
+        return keyboard;
     }
 
-    private static Vga? AddCard(MachineParts parts, MachineSpec spec, PciBus bus, GuestMemory memory, IClock clock)
+    private static IDisplaySurface? AddCard(MachineParts parts, MachineSpec spec, PciBus bus, GuestMemory memory, IClock clock)
     {
         switch (spec.Display.Vga)
         {
@@ -53,6 +52,12 @@ internal static class ScreenWiring
                 return null;
             case VgaModel.Std:
                 break;
+            case VgaModel.Virtio:
+                var gpu = new VirtioGpu();
+                var function = new VirtioPci("gpu0", gpu);
+                bus.Attach(function, 2);
+                parts.Devices.Add(function);
+                return gpu;
             default:
                 throw new BootException(
                     $"display: vga {spec.Display.Vga.ToString().ToLowerInvariant()} is not supported yet; use std");
@@ -70,16 +75,35 @@ internal static class ScreenWiring
         return card;
     }
 
-    private static void Serve(MachineParts parts, MachineSpec spec, IDisplaySurface surface, I8042 keyboardController)
+    /// <summary>Starts the viewers' server; after all keyboards and pointers were made.</summary>
+    /// <param name="parts">The machine's parts.</param>
+    /// <param name="spec">The definition.</param>
+    /// <param name="keyboardController">What <see cref="Add"/> returned; null without a screen.</param>
+    /// <param name="inputs">Keyboards and pointers that are models of VirtIO cards.</param>
+    /// <exception cref="BootException">The server cannot listen.</exception>
+    public static void Serve(
+        MachineParts parts, MachineSpec spec, I8042? keyboardController, IReadOnlyList<VirtioInput> inputs)
     {
         DisplaySpec display = spec.Display;
-        if (display.VncAddress is null && display.VncSocket is null)
+        if (parts.Display is not { } surface || (display.VncAddress is null && display.VncSocket is null))
         {
             return;
         }
 
-        var keyboards = new List<IKeyboardSink> { keyboardController.Keyboard };
-        var pointers = new List<IPointerSink> { keyboardController.Mouse };
+        List<IKeyboardSink> keyboards = keyboardController is null ? [] : [keyboardController.Keyboard];
+        List<IPointerSink> pointers = keyboardController is null ? [] : [keyboardController.Mouse];
+        foreach (VirtioInput card in inputs)
+        {
+            if (card.Kind == VirtioInputKind.Keyboard)
+            {
+                keyboards.Add(card);
+            }
+            else
+            {
+                pointers.Add(card);
+            }
+        }
+
         foreach (IDevice device in parts.Devices)
         {
             if (device is IKeyboardSink keyboard)

@@ -58,10 +58,13 @@ public sealed class ControlTests : IAsyncLifetime
         await client.ExecuteAsync("stop", null, CancellationToken.None);
         await client.ExecuteAsync("cont", null, CancellationToken.None);
         await client.ExecuteAsync("system_powerdown", null, CancellationToken.None);
+        await client.ExecuteAsync("balloon", json => json.WriteNumber("value", 32 << 20), CancellationToken.None);
+        (await client.ExecuteAsync("query-balloon", null, CancellationToken.None)).GetProperty("actual").GetInt64()
+            .Should().Be(48 << 20);
         await client.ExecuteAsync("system_reset", null, CancellationToken.None);
         await client.ExecuteAsync("screendump", json => json.WriteString("filename", "/tmp/x.png"), CancellationToken.None);
 
-        _machine.Calls.Should().Equal("pause", "unpause", "power", "reset", "screenshot /tmp/x.png");
+        _machine.Calls.Should().Equal("pause", "unpause", "power", "memory 33554432", "reset", "screenshot /tmp/x.png");
         (await watcher.Events.ReadAsync()).Should().Be("STOP");
         (await watcher.Events.ReadAsync()).Should().Be("RESUME");
         (await watcher.Events.ReadAsync()).Should().Be("POWERDOWN");
@@ -197,6 +200,10 @@ public sealed class ControlTests : IAsyncLifetime
         public byte[] ConsoleTail(int maximumBytes) => "ready\n"u8.ToArray();
 
         public string ScreenText() => throw new ControlException("this VM has no display");
+
+        public void SetMemory(long memoryBytes) => Calls.Add("memory " + memoryBytes);
+
+        public long GuestMemory() => 48 << 20;
 
         public void Save(string path) => Calls.Add("save " + path);
     }

@@ -287,6 +287,44 @@ internal static class ControlCommands
         return command;
     }
 
+    internal static Command Balloon(CommandContext context)
+    {
+        var command = new Command("balloon", "Say how much memory a VM's guest keeps, or ask it to keep no more than SIZE.");
+        var arguments = new VmArguments(command);
+        var size = new Argument<string>("size") { Description = "Size, such as 512M.", Arity = ArgumentArity.ZeroOrOne };
+        command.Add(size);
+        command.SetAction(async (result, cancellation) =>
+        {
+            using FleetAccess fleet = arguments.Open(result);
+            long bytes = 0;
+            string? wanted = result.GetValue(size);
+            if (wanted is not null && !Quantity.TryParseSize(wanted, out bytes))
+            {
+                throw new CommandException(ExitStatus.Usage, $"balloon: {wanted} is no size; write 512M or 2G");
+            }
+
+            using ControlClient client = await fleet.ConnectAsync(arguments.One(result), cancellation).ConfigureAwait(false);
+            try
+            {
+                if (wanted is not null)
+                {
+                    await client.ExecuteAsync("balloon", json => json.WriteNumber("value", bytes), cancellation).ConfigureAwait(false);
+                    return ExitStatus.Ok;
+                }
+
+                JsonElement answer = await client.ExecuteAsync("query-balloon", null, cancellation).ConfigureAwait(false);
+                string text = Quantity.FormatSize(answer.GetProperty("actual").GetInt64());
+                await context.Output.WriteLineAsync(text).ConfigureAwait(false);
+                return ExitStatus.Ok;
+            }
+            catch (ControlException refused)
+            {
+                throw new CommandException(ExitStatus.Failed, refused.Message);
+            }
+        });
+        return command;
+    }
+
     internal static Command Snapshot(CommandContext context)
     {
         _ = context;

@@ -75,6 +75,16 @@ internal sealed class MachineControl : IMachineControl
         return lines is null ? throw new ControlException("the screen is in a graphics mode") : string.Join('\n', lines);
     }
 
+    public void SetMemory(long memoryBytes)
+    {
+        if (!_machine.TrySetMemory(memoryBytes))
+        {
+            throw new ControlException("this VM has no balloon");
+        }
+    }
+
+    public long GuestMemory() => _machine.GuestMemoryBytes ?? throw new ControlException("this VM has no balloon");
+
     public void Save(string path)
     {
         _machine.Pause();

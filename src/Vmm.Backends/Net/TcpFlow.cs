@@ -199,6 +199,9 @@ internal sealed class TcpFlow : IDisposable
         OnAck(ack, (uint)BinaryPrimitives.ReadUInt16BigEndian(segment[14..]) << _sndScale, payload.Length);
         OnData(seq, payload, (flags & Fin) != 0);
         Pump();
+
+        // An acknowledgement makes room: reading goes on here, since nothing may be left that would bring the loop back.
+        UpdateInterest();
         FinishIfDone();
     }
 
@@ -402,7 +405,11 @@ internal sealed class TcpFlow : IDisposable
             _timeoutAt = 0;
             try
             {
-                _socket.LingerState = new LingerOption(enable: true, seconds: 0);
+                // A guest that had said FIN before it reset has its data acknowledged: the host's kernel still delivers it.
+                if (!_hostShut)
+                {
+                    _socket.LingerState = new LingerOption(enable: true, seconds: 0);
+                }
             }
             catch (SocketException)
             {

@@ -58,6 +58,9 @@ public sealed class VirtioInput : VirtioModel, IKeyboardSink, IPointerSink
     /// <summary>Makes one.</summary>
     public VirtioInput(VirtioInputKind kind) => _kind = kind;
 
+    /// <summary>What it is.</summary>
+    public VirtioInputKind Kind => _kind;
+
     private enum ConfigSelect : byte
     {
         Unset = 0,

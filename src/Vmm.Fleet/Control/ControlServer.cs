@@ -32,8 +32,9 @@ public sealed class ControlServer : IAsyncDisposable
 
     private static readonly string[] s_commands =
     [
-        "cont", "qmp_capabilities", "query-commands", "query-name", "query-status", "query-version", "quit", "screendump",
-        "stop", "system_powerdown", "system_reset", "vmm-console-tail", "vmm-save", "vmm-screen", "vmm-screen-text", "vmm-status",
+        "balloon", "cont", "qmp_capabilities", "query-balloon", "query-commands", "query-name", "query-status",
+        "query-version", "quit", "screendump", "stop", "system_powerdown", "system_reset", "vmm-console-tail", "vmm-save",
+        "vmm-screen", "vmm-screen-text", "vmm-status",
     ];
 
     private readonly Lock _gate = new();
@@ -269,6 +270,12 @@ public sealed class ControlServer : IAsyncDisposable
             case "vmm-screen-text":
                 string text = _machine.ScreenText();
                 return Return(id, json => json.WriteString("text", text));
+            case "balloon":
+                _machine.SetMemory(Bytes("value", arguments));
+                return Done(id);
+            case "query-balloon":
+                long actual = _machine.GuestMemory();
+                return Return(id, json => json.WriteNumber("actual", actual));
             case "vmm-save":
                 _machine.Save(Path("filename", arguments));
                 return Done(id);
@@ -293,6 +300,17 @@ public sealed class ControlServer : IAsyncDisposable
             && value.ValueKind == JsonValueKind.Number && value.TryGetInt32(out int number) && number >= 0
             ? Math.Min(number, maximum)
             : otherwise;
+
+    private static long Bytes(string name, JsonElement arguments)
+    {
+        if (arguments.ValueKind == JsonValueKind.Object && arguments.TryGetProperty(name, out JsonElement value)
+            && value.ValueKind == JsonValueKind.Number && value.TryGetInt64(out long number) && number >= 0)
+        {
+            return number;
+        }
+
+        throw new ControlException($"needs \"{name}\", a number of bytes");
+    }
 
     private static byte[] Done(JsonElement id) => Return(id, _ => { });
 

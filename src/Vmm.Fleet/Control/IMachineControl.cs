@@ -92,6 +92,12 @@ public interface IMachineControl
     /// <summary>The text of a screen in text mode.</summary>
     string ScreenText();
 
+    /// <summary>Asks the guest to keep no more memory than that, through the balloon.</summary>
+    void SetMemory(long memoryBytes);
+
+    /// <summary>Memory that the guest keeps according to its balloon driver, in bytes.</summary>
+    long GuestMemory();
+
     /// <summary>Saves the machine's state to a file; the machine is paused and stays so.</summary>
     void Save(string path);
 }

@@ -4,6 +4,7 @@ using System.Buffers.Binary;
 using System.Collections.Concurrent;
 using System.Collections.Generic;
 using System.Net;
+using System.Threading;
 using Vmm.Core;
 
 namespace Vmm.Backends.Tests.Net;
@@ -19,6 +20,7 @@ internal sealed class NetGuest : INetReceiver
     private volatile bool _closed;
     private int _loseEvery;
     private int _count;
+    private long _takenBytes;
 
     public NetGuest(INetBackend net, byte[] mac, string address = "10.0.2.15")
     {
@@ -63,9 +65,13 @@ internal sealed class NetGuest : INetReceiver
             throw new InvalidOperationException("bad offload");
         }
 
+        Interlocked.Add(ref _takenBytes, copy.Length);
         _frames.Add(copy);
         return true;
     }
+
+    /// <summary>Bytes of all frames that were taken, looked at or not.</summary>
+    public long TakenBytes => Interlocked.Read(ref _takenBytes);
 
     public void CloseWindow() => _closed = true;
 
@@ -188,11 +194,14 @@ internal sealed class GuestTcp
     /// <summary>Bytes that the guest would still take.</summary>
     public int Window { get; set; } = 60_000;
 
+    /// <summary>Shift of the window field, agreed at the start.</summary>
+    public byte Scale { get; init; }
+
     public uint UnackedBytes => _seq - _acked;
 
     public void Connect()
     {
-        Segment(2, [], [2, 4, 5, 0xB4, 1, 3, 3, 0]);
+        Segment(2, [], [2, 4, 5, 0xB4, 1, 3, 3, Scale]);
         _seq++;
         WaitUntil(() => _acked == _seq || PeerReset);
         if (!PeerReset)
@@ -334,7 +343,7 @@ internal sealed class GuestTcp
         BinaryPrimitives.WriteUInt32BigEndian(tcp.AsSpan(8), _ack);
         tcp[12] = (byte)((20 + options.Length) / 4 << 4);
         tcp[13] = flags;
-        BinaryPrimitives.WriteUInt16BigEndian(tcp.AsSpan(14), (ushort)Math.Min(Window, 65535));
+        BinaryPrimitives.WriteUInt16BigEndian(tcp.AsSpan(14), (ushort)Math.Min(Window >> ((flags & 2) != 0 ? 0 : Scale), 65535));
         options.CopyTo(tcp.AsSpan(20));
         payload.CopyTo(tcp.AsSpan(20 + options.Length));
         _guest.Send(_guest.GatewayMac, 0x0800, _guest.Ip(_remote, 6, tcp));

@@ -137,6 +137,28 @@ public sealed class UserNetworkTests : IDisposable
     }
 
     [Fact]
+    public async Task Tcp_WholeBufferUnderWay_GoesOnWhenItIsAcknowledged()
+    {
+        // All that the network buffers is sent and nothing waits: only the guest's acknowledgement makes it read again.
+        NetGuest guest = MakeGuest();
+        guest.TakesOffload = true;
+        using TcpListener host = Listen();
+        byte[] down = RandomBytes(3 << 20, 5);
+        Task<byte[]> server = ServeAsync(host, down);
+        var tcp = new GuestTcp(guest, s_gateway, PortOf(host), 4010) { Scale = 6, Window = 4 << 20 };
+        await Task.Run(() =>
+        {
+            tcp.Connect();
+            SpinWait.SpinUntil(() => guest.TakenBytes > 1 << 20, 10_000).Should().BeTrue();
+            tcp.WaitUntil(() => tcp.Received.Count == down.Length);
+            tcp.Finish();
+            tcp.WaitUntil(() => tcp.PeerFinished);
+        });
+        await server;
+        ((List<byte>)tcp.Received).ToArray().AsSpan().SequenceEqual(down).Should().BeTrue();
+    }
+
+    [Fact]
     public async Task Tcp_ZeroWindow_IsProbedAndContinues()
     {
         NetGuest guest = MakeGuest();
