@@ -45,6 +45,7 @@ internal sealed class CpuModel
     private readonly CpuTopology _topology;
     private readonly bool _ownApic;
     private readonly bool _apicMsrs;
+    private readonly uint _maxPhysicalBits;
 
     /// <summary>Computes the common part.</summary>
     /// <param name="supported">The driver's leaves.</param>
@@ -52,9 +53,16 @@ internal sealed class CpuModel
     /// <param name="topology">How vCPUs are arranged.</param>
     /// <param name="ownApic">The local APICs are ours (User mode), which have x2APIC and TSC deadline.</param>
     /// <param name="apicMsrs">With own APICs: the driver passes the MSRs of both on.</param>
+    /// <param name="maxPhysicalBits">The most physical address bits that a guest is told of.</param>
     public CpuModel(
-        IReadOnlyList<CpuidEntry> supported, CpuModelRow model, CpuTopology topology, bool ownApic, bool apicMsrs)
+        IReadOnlyList<CpuidEntry> supported,
+        CpuModelRow model,
+        CpuTopology topology,
+        bool ownApic,
+        bool apicMsrs,
+        int maxPhysicalBits = 52)
     {
+        _maxPhysicalBits = (uint)maxPhysicalBits;
         _topology = topology;
         _ownApic = ownApic;
         _apicMsrs = apicMsrs;
@@ -125,7 +133,12 @@ internal sealed class CpuModel
                     ? entry
                     : entry with { Eax = (entry.Eax & 0x3FFF) | (sharing << 14) | (cores << 26) };
             case 0x80000008:
-                return entry with { Ecx = (entry.Ecx & ~0xF0FFu) | ((uint)_topology.SocketShift << 12) | (perSocket - 1) };
+                uint bits = Math.Min(entry.Eax & 0xFF, _maxPhysicalBits);
+                return entry with
+                {
+                    Eax = (entry.Eax & ~0xFFu) | bits,
+                    Ecx = (entry.Ecx & ~0xF0FFu) | ((uint)_topology.SocketShift << 12) | (perSocket - 1),
+                };
             case 0x8000001D:
                 uint amdLevel = (entry.Eax >> 5) & 7;
                 uint amdSharing = amdLevel == 3 ? perSocket - 1 : threads - 1;

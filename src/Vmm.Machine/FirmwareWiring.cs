@@ -4,6 +4,8 @@ using System.Buffers.Binary;
 using System.IO;
 using System.Text;
 using Vmm.Config;
+using Vmm.Core;
+using Vmm.Devices.Display;
 using Vmm.Devices.Firmware;
 using Vmm.Devices.Legacy;
 using Vmm.Devices.Pci;
@@ -14,90 +16,85 @@ using Vmm.Memory;
 namespace Vmm.Machine;
 
 /// <summary>
-/// Firmware: its ROM below 4 GiB, the last 128 KiB of it below 1 MiB, the shadow RAM there as the host bridge's PAM
-/// registers say, and what firmware learns through fw_cfg (memory, processors, ACPI tables, boot order).
+/// Firmware: its ROM below 4 GiB with the shadow RAM at 0xC0000, the flash chip with UEFI's variables, and what firmware
+/// learns through fw_cfg (memory, processors, ACPI tables, boot order).
 /// </summary>
-internal sealed class FirmwareWiring : IShadowRam
+internal sealed class FirmwareWiring
 {
     private const ulong Top = 1UL << 32;
-    private const uint RomStart = 0xE_0000;
-    private const uint ShadowStart = 0xC_0000;
-    private const uint ShadowEnd = 0x10_0000;
-    private const uint PieceBytes = 0x4000;
-    private const int ShadowPriority = 2;
     private const int CmosCpuCount = 0x5F;
+    private const int FlashPriority = 1;
 
-    private static readonly string[] s_places =
-    [
-        "/usr/share/seabios", "/usr/local/share/seabios", "/usr/share/qemu", "/usr/local/share/qemu",
-        "/opt/local/share/qemu", "/usr/lib/qemu", "/opt/ooce/qemu/share/qemu",
-    ];
+    // Room for what the tables may grow by: a window above 4 GiB in the DSDT.
+    private const int TableSlackBytes = 4096;
 
-    private readonly RamMapping?[] _pieces = new RamMapping?[(ShadowEnd - ShadowStart) / PieceBytes];
-    private readonly GuestMemory _memory;
-    private readonly RamBlock _ram;
-    private readonly RamBlock _rom;
-
-    private FirmwareWiring(GuestMemory memory, RamBlock ram, RamBlock rom)
+    private FirmwareWiring(IShadowRam shadow)
     {
-        _memory = memory;
-        _ram = ram;
-        _rom = rom;
+        Shadow = shadow;
     }
+
+    /// <summary>Switches the shadow RAM.</summary>
+    public IShadowRam Shadow { get; }
 
     /// <summary>Loads the firmware of a definition and puts it into memory.</summary>
-    /// <param name="parts">Takes the ROM's memory.</param>
+    /// <param name="parts">Takes the ROM's memory and the flash chip.</param>
     /// <param name="spec">The definition.</param>
     /// <param name="memory">Guest memory; the first block of <paramref name="parts"/> is RAM from address 0.</param>
+    /// <param name="mmio">Where the flash chip's commands arrive.</param>
     /// <exception cref="BootException">It cannot be found or used.</exception>
-    public static FirmwareWiring Load(MachineParts parts, MachineSpec spec, GuestMemory memory)
+    public static FirmwareWiring Load(MachineParts parts, MachineSpec spec, GuestMemory memory, AddressMap mmio)
     {
-        if (spec.Boot.Firmware is "uefi")
-        {
-            throw new BootException("boot: firmware uefi is not supported yet; use seabios");
-        }
-
-        string path = spec.Boot.Firmware is null or "seabios" ? Find("bios-256k.bin", "bios.bin") : spec.Boot.Firmware;
-        byte[] image = ReadImage(path);
-        if (image.Length is < 0x1_0000 or > (16 << 20) || image.Length % RamBlock.PageBytes != 0)
-        {
-            throw new BootException($"boot: {path}: firmware is 64 KiB to 16 MiB and a multiple of 4 KiB");
-        }
-
-        var rom = new RamBlock("firmware", HostMemory.Allocate(image.Length), (ulong)image.Length);
+        FirmwareImage image = FirmwareImage.Load(spec.Boot.Firmware);
+        var rom = new RamBlock("firmware", HostMemory.Allocate(image.Code.Length), (ulong)image.Code.Length);
         parts.Resources.Add(rom);
         parts.Blocks.Add(rom);
-        _ = rom.TryWrite(0, image, out _);
-        _ = memory.Map(Top - rom.LengthBytes, rom, 0, rom.LengthBytes, RamAccess.ReadOnly, priority: 1);
-        return new FirmwareWiring(memory, parts.Blocks[0], rom);
+        _ = rom.TryWrite(0, image.Code, out _);
+        var shadow = new FirmwareRom(memory, rom, parts.Blocks[0]);
+        if (image.IsUefi)
+        {
+            string path = spec.Boot.Vars ?? Path.Combine(StateDirectory(), spec.Name, "uefi-vars.fd");
+            AddFlash(parts, memory, mmio, VariableStore.Open(path, image.Variables), Top - rom.LengthBytes);
+        }
+        else if (spec.Boot.Vars is not null)
+        {
+            throw new BootException("boot: vars: this firmware is a BIOS, which keeps no variables; leave the key out");
+        }
+
+        return new FirmwareWiring(shadow);
     }
 
-    /// <summary>A VGA BIOS, or nothing when the host has none.</summary>
-    public static ReadOnlyMemory<byte> FindVgaBios() =>
-        TryFind("vgabios-stdvga.bin") is { } path ? ReadImage(path) : ReadOnlyMemory<byte>.Empty;
-
-    /// <inheritdoc/>
-    public void Configure(uint start, uint lengthBytes, bool readRam, bool writeRam)
+    // While the chip shows its array it is read-only memory and only writes arrive; otherwise everything does.
+    private static void AddFlash(MachineParts parts, GuestMemory memory, AddressMap mmio, VariableStore store, ulong end)
     {
-        _memory.Transaction(() =>
+        parts.Resources.Add(store);
+        parts.Blocks.Add(store.Content);
+        ulong start = end - store.Content.LengthBytes;
+        RamMapping? mapping = Map();
+        var chip = new FlashChip("uefi-vars", store.Content, store, isArray =>
         {
-            for (uint at = start; at < start + lengthBytes; at += PieceBytes)
+            if (mapping is { } old)
             {
-                ref RamMapping? piece = ref _pieces[(at - ShadowStart) / PieceBytes];
-                if (piece is { } old)
-                {
-                    _memory.Unmap(old);
-                }
+                memory.Unmap(old);
+                mapping = null;
+            }
 
-                piece = Make(at, readRam, writeRam);
+            if (isArray)
+            {
+                mapping = Map();
             }
         });
+        parts.Devices.Add(chip);
+        mmio.Map(start, chip);
+
+        RamMapping Map() =>
+            memory.Map(start, store.Content, 0, store.Content.LengthBytes, RamAccess.ReadOnly, FlashPriority);
     }
 
     /// <summary>Tells firmware about the machine.</summary>
     public static void Describe(
-        MachineParts parts, MachineSpec spec, MemoryLayout layout, PciBus bus, Mc146818 rtc, StorageWiring storage, bool hasVga)
+        MachineParts parts, MachineSpec spec, MemoryLayout layout, PciBus bus, Mc146818 rtc, StorageWiring storage, AcpiPm pm)
     {
+        bool hasVga = parts.Display is Vga;
         rtc.SetMemorySize(layout.LowBytes, layout.HighBytes);
         rtc.SetRam(CmosCpuCount, (byte)(spec.Cpus.Count - 1));
         var config = new FwCfg(bus.Memory);
@@ -109,35 +106,34 @@ internal sealed class FirmwareWiring : IShadowRam
         config.AddNumber(FwCfgKey.Irq0Override, 1, 4);
         config.AddFile("etc/e820", MemoryMap(layout));
         config.AddFile("bootorder", Encoding.ASCII.GetBytes(storage.BootOrder(spec.Boot.Order) + "\0"));
-        FwCfgAcpi.AddTo(
-            config,
-            AcpiTables.Build(new AcpiSpec
-            {
-                Cpus = spec.Cpus.Count,
-                SerialPorts = spec.Serial.Count,
-                HasHpet = true,
-                HasKeyboardController = true,
-                HasVga = hasVga,
-                HasFloppy = storage.Floppies is not null,
-            }));
+        FwCfgAcpi.AddTo(config, TableSlackBytes, () => AcpiTables.Build(Acpi(spec, layout, bus, storage, pm, hasVga)));
         parts.Devices.Add(config);
         bus.Ports.Map(FwCfg.Port, config);
     }
 
-    private RamMapping? Make(uint at, bool readRam, bool writeRam)
+    // As firmware has set the machine up by now: the port of the power management block, the windows that hold the BARs.
+    private static AcpiSpec Acpi(
+        MachineSpec spec, MemoryLayout layout, PciBus bus, StorageWiring storage, AcpiPm pm, bool hasVga)
     {
-        if (readRam)
+        PciApertures found = PciApertures.Find(bus);
+        ulong low = found.LowStart >= layout.LowBytes && found.LowStart != 0
+            ? Math.Min(found.LowStart, MemoryLayout.HoleStart)
+            : MemoryLayout.HoleStart;
+        const ulong Unit = 1UL << 30;
+        ulong high = found.HighStart & ~(Unit - 1);
+        return new AcpiSpec
         {
-            return writeRam
-                ? null
-                : _memory.Map(at, _ram, at, PieceBytes, RamAccess.ReadOnly, ShadowPriority);
-        }
-
-        // ROM for reads with RAM for writes does not exist as a slot; firmware sets both bits at once.
-        ulong fromTop = ShadowEnd - at;
-        return at >= RomStart && fromTop <= _rom.LengthBytes
-            ? _memory.Map(at, _rom, _rom.LengthBytes - fromTop, PieceBytes, RamAccess.ReadOnly, ShadowPriority)
-            : _memory.MapHole(at, PieceBytes, ShadowPriority);
+            Cpus = spec.Cpus.Count,
+            SerialPorts = spec.Serial.Count,
+            HasHpet = true,
+            HasKeyboardController = true,
+            HasVga = hasVga,
+            HasFloppy = storage.Floppies is not null,
+            PmBase = pm.RegisterPort,
+            PciWindowStart = (uint)low,
+            PciWindow64Start = high,
+            PciWindow64Bytes = found.HighEnd == 0 ? 0 : ((found.HighEnd + Unit - 1) & ~(Unit - 1)) - high,
+        };
     }
 
     // Entries of address, length and type (1 is RAM), 20 bytes each.
@@ -156,43 +152,22 @@ internal sealed class FirmwareWiring : IShadowRam
         return map;
     }
 
-    private static string Find(params ReadOnlySpan<string> names)
+    // As Vmm.Fleet's FleetPaths, which this assembly does not see.
+    private static string StateDirectory()
     {
-        foreach (string name in names)
+        if (Environment.GetEnvironmentVariable("VMM_STATE_DIR") is { Length: > 0 } given)
         {
-            if (TryFind(name) is { } path)
-            {
-                return path;
-            }
+            return given;
         }
 
-        throw new BootException(
-            $"boot: SeaBIOS is not installed (package seabios); looked in {string.Join(", ", s_places)}", isMissingInput: true);
-    }
-
-    private static string? TryFind(string name)
-    {
-        foreach (string place in s_places)
+        if (HostProcess.IsRoot)
         {
-            string path = Path.Combine(place, name);
-            if (File.Exists(path))
-            {
-                return path;
-            }
+            return "/var/db/vmm";
         }
 
-        return null;
-    }
-
-    private static byte[] ReadImage(string path)
-    {
-        try
-        {
-            return File.ReadAllBytes(path);
-        }
-        catch (Exception e) when (e is IOException or UnauthorizedAccessException)
-        {
-            throw new BootException($"boot: {e.Message}", isMissingInput: true);
-        }
+        string home = Environment.GetEnvironmentVariable("HOME") is { Length: > 0 } value ? value : "/tmp";
+        return Environment.GetEnvironmentVariable("XDG_STATE_HOME") is { Length: > 0 } state
+            ? Path.Combine(state, "vmm")
+            : Path.Combine(home, ".local", "state", "vmm");
     }
 }

@@ -102,7 +102,8 @@ public sealed class MachineBuilder : IDisposable
             FindModel(),
             new CpuTopology(_spec.Cpus.Count, _spec.Cpus.Sockets, _spec.Cpus.Threads),
             mode == IrqchipMode.User,
-            _hypervisor.Capabilities.UserApicMsrs);
+            _hypervisor.Capabilities.UserApicMsrs,
+            MaxPhysicalBits());
         var completion = new Completion(slots, options, model.For, interrupts.LocalApics, _spec.Cpus.Count);
         MachineParts parts = _parts = new MachineParts
         {
@@ -198,6 +199,10 @@ public sealed class MachineBuilder : IDisposable
         : throw new BootException(
             $"cpus: model {_spec.Cpus.Model} is not known; there are {string.Join(", ", CpuModelTable.Rows.Keys)}");
 
+    // OVMF maps all of the physical address space, in Debian's build with pages of 2 MiB: 256 MiB of tables for the 46 bits
+    // of a server part. It takes 40 bits for QEMU's default and then maps only what RAM and PCI windows need.
+    private int MaxPhysicalBits() => _spec.Boot.Kernel is null && _layout.MemoryBytes < 1UL << 38 ? 40 : 52;
+
     private void AddVcpus(MachineParts parts, InterruptWiring interrupts, CpuModel model)
     {
         if (_spec.Cpus.Count > _hypervisor.Capabilities.MaxVcpus)
@@ -220,11 +225,6 @@ public sealed class MachineBuilder : IDisposable
         Refuse(_spec.Uuid is not null, "uuid: SMBIOS tables are");
         Refuse(_spec.VmGenId, "vmgenid: the device is");
         Refuse(_spec.Clock.Source == ClockSource.Icount, "clock: icount is");
-        Refuse(_spec.Watchdog == WatchdogAction.Pause, "watchdog: pause is");
-        foreach (InputDevice input in _spec.Input)
-        {
-            Refuse(input is InputDevice.UsbKeyboard or InputDevice.UsbTablet, "input: USB devices are");
-        }
 
         static void Refuse(bool asked, string what)
         {
@@ -268,8 +268,8 @@ public sealed class MachineBuilder : IDisposable
         var bus = new PciBus(_ports, _mmio, _memory, interrupts);
         Add(parts, new PciConfigPorts(bus, _system), out PciConfigPorts configPorts);
         _ports.Map(PciConfigPorts.Port, configPorts);
-        FirmwareWiring? firmware = _spec.Boot.Kernel is null ? FirmwareWiring.Load(parts, _spec, _memory) : null;
-        Attach(parts, bus, new I440Fx(firmware), 0);
+        FirmwareWiring? firmware = _spec.Boot.Kernel is null ? FirmwareWiring.Load(parts, _spec, _memory, _mmio) : null;
+        Attach(parts, bus, new I440Fx(firmware?.Shadow), 0);
         var isaLines = new IIrqLine[16];
         for (int i = 0; i < isaLines.Length; i++)
         {
@@ -307,10 +307,18 @@ public sealed class MachineBuilder : IDisposable
         }
 
         parts.Balloon = cards.Balloon;
-        ScreenWiring.Serve(parts, _spec, keyboard, cards.Inputs);
+        List<UsbHidDevice> usb = ScreenWiring.MakeUsb(_spec);
+        if (usb.Count > 0)
+        {
+            var controller = new Xhci("usb", _clock, [.. usb]);
+            bus.AttachNext(controller);
+            parts.Devices.Add(controller);
+        }
+
+        ScreenWiring.Serve(parts, _spec, keyboard, cards.Inputs, usb);
         if (firmware is not null)
         {
-            FirmwareWiring.Describe(parts, _spec, _layout, bus, rtc, storage, parts.Display is Vga);
+            FirmwareWiring.Describe(parts, _spec, _layout, bus, rtc, storage, pm);
             _ports.Map(DebugConsolePort.FirmwarePort, new DebugConsolePort(_chars.Make("firmware", new CharSpec(CharKind.Log))));
         }
 

@@ -66,7 +66,7 @@ internal static class ScreenWiring
         var ram = new RamBlock("vram", HostMemory.Allocate((long)VideoMemoryBytes), VideoMemoryBytes);
         parts.Resources.Add(ram);
         parts.Blocks.Add(ram);
-        var card = new Vga(clock, ram, new Mapper(memory, ram), FirmwareWiring.FindVgaBios(), () => parts.Slots.CollectDirty());
+        var card = new Vga(clock, ram, new VideoMemoryMapper(memory, ram), FirmwareImage.FindVgaBios(), () => parts.Slots.CollectDirty());
         bus.Attach(card, 2);
         parts.Devices.Add(card);
         bus.Ports.Map(Vga.Port, card.Ports);
@@ -75,14 +75,38 @@ internal static class ScreenWiring
         return card;
     }
 
+    /// <summary>The USB devices that a definition asks for, in its order.</summary>
+    public static List<UsbHidDevice> MakeUsb(MachineSpec spec)
+    {
+        var devices = new List<UsbHidDevice>();
+        foreach (InputDevice input in spec.Input)
+        {
+            if (input == InputDevice.UsbKeyboard)
+            {
+                devices.Add(new UsbKeyboard());
+            }
+            else if (input == InputDevice.UsbTablet)
+            {
+                devices.Add(new UsbTablet());
+            }
+        }
+
+        return devices;
+    }
+
     /// <summary>Starts the viewers' server; after all keyboards and pointers were made.</summary>
     /// <param name="parts">The machine's parts.</param>
     /// <param name="spec">The definition.</param>
     /// <param name="keyboardController">What <see cref="Add"/> returned; null without a screen.</param>
     /// <param name="inputs">Keyboards and pointers that are models of VirtIO cards.</param>
+    /// <param name="usb">Keyboards and tablets on USB.</param>
     /// <exception cref="BootException">The server cannot listen.</exception>
     public static void Serve(
-        MachineParts parts, MachineSpec spec, I8042? keyboardController, IReadOnlyList<VirtioInput> inputs)
+        MachineParts parts,
+        MachineSpec spec,
+        I8042? keyboardController,
+        IReadOnlyList<VirtioInput> inputs,
+        IReadOnlyList<UsbHidDevice> usb)
     {
         DisplaySpec display = spec.Display;
         if (parts.Display is not { } surface || (display.VncAddress is null && display.VncSocket is null))
@@ -104,7 +128,7 @@ internal static class ScreenWiring
             }
         }
 
-        foreach (IDevice device in parts.Devices)
+        foreach (UsbHidDevice device in usb)
         {
             if (device is IKeyboardSink keyboard)
             {
@@ -148,25 +172,5 @@ internal static class ScreenWiring
                 ? X509Certificate2.CreateFromPemFile(certificate, display.TlsKey)
                 : null,
         };
-    }
-
-    /// <summary>Video memory at the place that the guest gave BAR 0.</summary>
-    private sealed class Mapper(GuestMemory memory, RamBlock ram) : IRamBarMapper
-    {
-        private RamMapping? _mapping;
-
-        public void Move(ulong? guestAddress)
-        {
-            if (_mapping is { } old)
-            {
-                memory.Unmap(old);
-                _mapping = null;
-            }
-
-            if (guestAddress is { } address)
-            {
-                _mapping = memory.Map(address, ram, 0, ram.LengthBytes, priority: 1, logDirty: true);
-            }
-        }
     }
 }

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: BSD-2-Clause
+using System.Threading;
 using Vmm.Config;
 using Vmm.Devices.Legacy;
 
@@ -18,6 +19,13 @@ internal sealed class SystemControl(WatchdogAction watchdog) : ISystemControl
     /// <inheritdoc/>
     public void Request(SystemRequest request, string source)
     {
+        if (request == SystemRequest.WatchdogExpired && watchdog == WatchdogAction.Pause)
+        {
+            // Pausing waits for vCPUs and the clock, and this is one of their threads.
+            ThreadPool.QueueUserWorkItem(static machine => machine?.Pause(), _machine, preferLocal: false);
+            return;
+        }
+
         MachineResult? result = request switch
         {
             SystemRequest.Reset or SystemRequest.ProcessorReset => MachineResult.For(StopReason.Reset),

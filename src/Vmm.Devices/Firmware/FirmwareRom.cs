@@ -28,16 +28,16 @@ public sealed class FirmwareRom : IShadowRam
 
     /// <summary>Maps the image. RAM must be mapped from address 0 with priority 0.</summary>
     /// <param name="memory">Guest memory.</param>
-    /// <param name="rom">The image: a multiple of 64 KiB, at most 16 MiB.</param>
+    /// <param name="rom">The image: 64 KiB to 16 MiB, a multiple of 4 KiB.</param>
     /// <param name="ram">The block that is RAM at 0, whose offsets are guest addresses there.</param>
     public FirmwareRom(GuestMemory memory, RamBlock rom, RamBlock ram)
     {
         ArgumentNullException.ThrowIfNull(memory);
         ArgumentNullException.ThrowIfNull(rom);
         ArgumentNullException.ThrowIfNull(ram);
-        if (rom.LengthBytes % 0x1_0000 != 0 || rom.LengthBytes > 16 << 20)
+        if (rom.LengthBytes is < 0x1_0000 or > 16 << 20 || rom.LengthBytes % RamBlock.PageBytes != 0)
         {
-            throw new ArgumentException("a firmware image is a multiple of 64 KiB, at most 16 MiB", nameof(rom));
+            throw new ArgumentException("a firmware image has 64 KiB to 16 MiB and is a multiple of 4 KiB", nameof(rom));
         }
 
         _memory = memory;

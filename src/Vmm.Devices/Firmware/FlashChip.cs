@@ -13,7 +13,11 @@ namespace Vmm.Devices.Firmware;
 // back in array mode. It is told by the callback.
 //
 // Programming and erasing take no time. Content that changed is handed to the store that the machine gave, in whole
-// erase blocks, outside the gate; the store makes it durable.
+// erase blocks, outside the gate, when the chip goes back to array mode: drivers program byte by byte and end with "read
+// array". The store makes it durable.
+//
+// "Clear status" clears bit 7 (ready) too, until the next program or erase. The data sheet keeps it, but OVMF tells
+// flash from RAM and ROM by a status of zero (its QemuFlashDetected), as QEMU's pflash shows it.
 
 /// <summary>Keeps a flash chip's content on the host.</summary>
 public interface IFlashStore
@@ -61,6 +65,10 @@ public sealed class FlashChip : IDevice, IRegisterWindow
     private int _bufferLeft;
     private uint _bufferFirst;
     private uint _bufferLast;
+
+    // Bytes that changed since the store was told; empty when first is above last.
+    private uint _dirtyFirst = uint.MaxValue;
+    private uint _dirtyLast;
 
     /// <summary>Makes a chip.</summary>
     /// <param name="id">"flash0".</param>
@@ -115,14 +123,10 @@ public sealed class FlashChip : IDevice, IRegisterWindow
     }
 
     /// <inheritdoc/>
-    public void Pause()
-    {
-    }
+    public void Pause() => Persist();
 
     /// <inheritdoc/>
-    public void Resume()
-    {
-    }
+    public void Resume() => Persist();
 
     /// <inheritdoc/>
     public void Save(StateWriter writer)
@@ -154,6 +158,9 @@ public sealed class FlashChip : IDevice, IRegisterWindow
             {
                 throw new StateException($"{Id}.bufferLast: not inside the write buffer");
             }
+
+            // The snapshot brings other content, after this; the store hears of all of it on Resume.
+            MarkDirty(0, Length);
         }
 
         Switch(mode);
@@ -183,15 +190,14 @@ public sealed class FlashChip : IDevice, IRegisterWindow
     public void Write(uint offset, AccessWidth width, ulong value)
     {
         Mode next;
-        int changed = -1;
         lock (_gate)
         {
-            next = WriteCommand(offset, width, value, ref changed);
+            next = WriteCommand(offset, width, value);
         }
 
-        if (changed >= 0)
+        if (next == Mode.Array)
         {
-            Persist((uint)changed);
+            Persist();
         }
 
         Switch(next);
@@ -244,18 +250,18 @@ public sealed class FlashChip : IDevice, IRegisterWindow
         }
     }
 
-    private Mode WriteCommand(uint offset, AccessWidth width, ulong value, ref int changed)
+    private Mode WriteCommand(uint offset, AccessWidth width, ulong value)
     {
         byte command = (byte)value;
         switch (_mode)
         {
             case Mode.ProgramData:
-                changed = Program(offset, width, value) ? (int)offset : -1;
+                Program(offset, width, value);
                 return Mode.Status;
             case Mode.EraseConfirm:
                 if (command == 0xD0)
                 {
-                    changed = Erase(offset) ? (int)offset : -1;
+                    Erase(offset);
                     return Mode.Status;
                 }
 
@@ -273,7 +279,7 @@ public sealed class FlashChip : IDevice, IRegisterWindow
             case Mode.BufferConfirm:
                 if (command == 0xD0)
                 {
-                    changed = ProgramBuffer() ? (int)_bufferFirst : -1;
+                    ProgramBuffer();
                 }
                 else
                 {
@@ -291,7 +297,7 @@ public sealed class FlashChip : IDevice, IRegisterWindow
             case 0x20:
                 return Mode.EraseConfirm;
             case 0x50:
-                _status = StatusReady;
+                _status = 0;
                 return Mode.Array;
             case 0x60:
                 return Mode.LockConfirm;
@@ -337,25 +343,31 @@ public sealed class FlashChip : IDevice, IRegisterWindow
         return _bufferLeft > 0 ? Mode.BufferData : Mode.BufferConfirm;
     }
 
-    private bool Program(uint offset, AccessWidth width, ulong value)
+    private void Program(uint offset, AccessWidth width, ulong value)
     {
         Span<byte> bytes = stackalloc byte[8];
         System.Buffers.Binary.BinaryPrimitives.WriteUInt64LittleEndian(bytes, value);
-        return ProgramBytes(offset, bytes[..(int)width]);
+        ProgramBytes(offset, bytes[..(int)width]);
     }
 
-    private bool ProgramBuffer() =>
-        _bufferFirst < Length && _bufferLast >= _bufferFirst &&
-        ProgramBytes(_bufferFirst, _buffer.AsSpan(0, (int)(_bufferLast - _bufferFirst) + 1));
+    private void ProgramBuffer()
+    {
+        if (_bufferFirst < Length && _bufferLast >= _bufferFirst)
+        {
+            ProgramBytes(_bufferFirst, _buffer.AsSpan(0, (int)(_bufferLast - _bufferFirst) + 1));
+        }
+    }
 
     // Programming only clears bits.
-    private bool ProgramBytes(uint offset, ReadOnlySpan<byte> bytes)
+    private void ProgramBytes(uint offset, ReadOnlySpan<byte> bytes)
     {
-        Span<byte> old = new byte[bytes.Length];
+        Span<byte> old = stackalloc byte[WriteBufferBytes];
+        old = old[..bytes.Length];
+        _status |= StatusReady;
         if (_store is null || !_content.TryRead(offset, old))
         {
             _status |= StatusProgramError;
-            return false;
+            return;
         }
 
         for (int i = 0; i < bytes.Length; i++)
@@ -363,31 +375,59 @@ public sealed class FlashChip : IDevice, IRegisterWindow
             old[i] &= bytes[i];
         }
 
-        return _content.TryWrite(offset, old, out _);
+        if (_content.TryWrite(offset, old, out _))
+        {
+            MarkDirty(offset, (uint)bytes.Length);
+        }
     }
 
-    private bool Erase(uint offset)
+    private void Erase(uint offset)
     {
+        _status |= StatusReady;
         if (_store is null)
         {
             _status |= StatusEraseError;
-            return false;
+            return;
         }
 
-        byte[] ones = new byte[EraseBlockBytes];
-        Array.Fill(ones, (byte)0xFF);
-        return _content.TryWrite(offset & ~(uint)(EraseBlockBytes - 1), ones, out _);
+        Span<byte> ones = stackalloc byte[EraseBlockBytes];
+        ones.Fill(0xFF);
+        uint block = offset & ~(uint)(EraseBlockBytes - 1);
+        if (_content.TryWrite(block, ones, out _))
+        {
+            MarkDirty(block, EraseBlockBytes);
+        }
     }
 
-    // A write buffer may straddle two erase blocks.
-    private void Persist(uint offset)
+    // Under the gate.
+    private void MarkDirty(uint offset, uint length)
     {
-        byte[] block = new byte[EraseBlockBytes * 2];
-        uint first = offset & ~(uint)(EraseBlockBytes - 1);
-        int length = (int)Math.Min((ulong)block.Length, _content.LengthBytes - first);
-        if (_content.TryRead(first, block.AsSpan(0, length)))
+        _dirtyFirst = Math.Min(_dirtyFirst, offset);
+        _dirtyLast = Math.Max(_dirtyLast, offset + length - 1);
+    }
+
+    // Hands what changed to the store, in whole erase blocks.
+    private void Persist()
+    {
+        uint first;
+        uint end;
+        lock (_gate)
         {
-            _store?.Write(first, block.AsSpan(0, length));
+            if (_dirtyFirst > _dirtyLast)
+            {
+                return;
+            }
+
+            first = _dirtyFirst & ~(uint)(EraseBlockBytes - 1);
+            end = (_dirtyLast | (EraseBlockBytes - 1)) + 1;
+            _dirtyFirst = uint.MaxValue;
+            _dirtyLast = 0;
+        }
+
+        byte[] bytes = new byte[end - first];
+        if (_content.TryRead(first, bytes))
+        {
+            _store?.Write(first, bytes);
         }
     }
 

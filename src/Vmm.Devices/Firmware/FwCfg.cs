@@ -12,7 +12,9 @@ namespace Vmm.Devices.Firmware;
 // which those from 0x20 on have names that item 0x19 lists. A guest selects an item through port 0x510 and reads it
 // byte by byte through 0x511, or has a whole piece copied by DMA (0x514: the big-endian address of a descriptor).
 //
-// Items are added by the machine before it runs; after that only writable files change, by DMA only. A guest's
+// Items are added by the machine before it runs; after that only writable files change, by DMA only, and computed ones:
+// their content is made when a guest selects them, because it tells of registers that firmware has written by then (ACPI
+// tables). Their length is fixed, for the directory is read first. A guest's
 // descriptor is read once and checked; lengths run at most to the end of the item, the rest of a read is zeroes in
 // steps of at most 64 KiB, and a length beyond 1 GiB is an error, so that a guest cannot keep the host busy long.
 
@@ -151,7 +153,10 @@ public sealed class FwCfg : IDevice, IRegisterWindow
     /// <param name="onWritten">
     /// Makes it writable: called with the whole content after a guest wrote a part, on its thread, outside the gate.
     /// </param>
-    public void AddFile(string name, ReadOnlySpan<byte> data, Action<byte[]>? onWritten = null)
+    public void AddFile(string name, ReadOnlySpan<byte> data, Action<byte[]>? onWritten = null) =>
+        AddItem(name, new Item(data.ToArray(), onWritten));
+
+    private void AddItem(string name, Item item)
     {
         ArgumentException.ThrowIfNullOrEmpty(name);
         if (Encoding.ASCII.GetByteCount(name) >= NameBytes)
@@ -159,7 +164,6 @@ public sealed class FwCfg : IDevice, IRegisterWindow
             throw new ArgumentException($"fw_cfg file name is too long: {name}", nameof(name));
         }
 
-        var item = new Item(data.ToArray(), onWritten);
         int at = _files.FindIndex(f => string.Equals(f.Name, name, StringComparison.Ordinal));
         ushort key = at >= 0 ? _files[at].Key : (ushort)(FwCfgKey.FirstFile + _files.Count);
         if (at >= 0)
@@ -173,6 +177,16 @@ public sealed class FwCfg : IDevice, IRegisterWindow
 
         _items[key] = item;
         _items[FwCfgKey.FileDirectory] = new Item(MakeDirectory(), null);
+    }
+
+    /// <summary>Adds a file whose content is made anew each time that a guest selects it. Before the machine runs.</summary>
+    /// <param name="name">As for the other files.</param>
+    /// <param name="lengthBytes">Its length; the content is cut or filled up with zeroes.</param>
+    /// <param name="content">Makes it, on a vCPU's thread, under the device's gate.</param>
+    public void AddComputedFile(string name, int lengthBytes, Func<byte[]> content)
+    {
+        ArgumentNullException.ThrowIfNull(content);
+        AddItem(name, new Item(new byte[lengthBytes], null, content));
     }
 
     /// <summary>Adds or replaces a file with a little-endian number.</summary>
@@ -214,7 +228,7 @@ public sealed class FwCfg : IDevice, IRegisterWindow
             writer.Write("dmaHigh", (ulong)_dmaHigh);
             foreach ((string name, _, Item item) in _files)
             {
-                if (item.OnWritten is not null)
+                if (item.Changes)
                 {
                     writer.WriteBytes("file." + name, item.Data);
                 }
@@ -232,10 +246,10 @@ public sealed class FwCfg : IDevice, IRegisterWindow
             _dmaHigh = reader.ReadUInt32("dmaHigh");
             foreach ((string name, _, Item item) in _files)
             {
-                if (item.OnWritten is not null && reader.Has("file." + name))
+                if (item.Changes && reader.Has("file." + name))
                 {
                     reader.ReadBytes("file." + name, item.Data);
-                    item.OnWritten(item.Data);
+                    item.OnWritten?.Invoke(item.Data);
                 }
             }
         }
@@ -307,6 +321,19 @@ public sealed class FwCfg : IDevice, IRegisterWindow
         // Bit 14 asks for write mode, which the port interface has not had for years.
         _selected = (ushort)(key & 0xBFFF);
         _offset = 0;
+        Compute();
+    }
+
+    // Under the gate.
+    private void Compute()
+    {
+        if (_items.TryGetValue(_selected, out Item? item) && item.Compute is { } content)
+        {
+            byte[] made = content();
+            int length = Math.Min(made.Length, item.Data.Length);
+            made.AsSpan(0, length).CopyTo(item.Data);
+            item.Data.AsSpan(length).Clear();
+        }
     }
 
     private byte Next()
@@ -431,5 +458,8 @@ public sealed class FwCfg : IDevice, IRegisterWindow
         return directory;
     }
 
-    private sealed record Item(byte[] Data, Action<byte[]>? OnWritten);
+    private sealed record Item(byte[] Data, Action<byte[]>? OnWritten, Func<byte[]>? Compute = null)
+    {
+        public bool Changes => OnWritten is not null || Compute is not null;
+    }
 }

@@ -93,12 +93,29 @@ public static class FwCfgAcpi
 {
     private const string Tables = "etc/acpi/tables";
     private const string Root = "etc/acpi/rsdp";
+    private const int RootBytes = 36;
 
     /// <summary>Adds the tables, their root pointer and the script that places them. Before the machine runs.</summary>
-    public static void AddTo(FwCfg fwCfg, AcpiBlob blob)
+    /// <param name="fwCfg">Takes the files.</param>
+    /// <param name="slackBytes">How many bytes the tables may grow by after this call.</param>
+    /// <param name="build">
+    /// Makes the tables; called now for their size, and again whenever a guest selects one of the files, because the tables
+    /// tell of registers that firmware has set by then. The results must differ only while firmware is at work.
+    /// </param>
+    public static void AddTo(FwCfg fwCfg, int slackBytes, Func<AcpiBlob> build)
     {
         ArgumentNullException.ThrowIfNull(fwCfg);
-        ArgumentNullException.ThrowIfNull(blob);
+        ArgumentNullException.ThrowIfNull(build);
+        AcpiBlob now = build();
+        fwCfg.AddComputedFile(Tables, now.Tables.Length + slackBytes, () => build().Tables);
+        fwCfg.AddComputedFile(Root, RootBytes, () => build().RootPointer(0));
+
+        // A command of zeroes is none, so that the script can be longer than it needs to be.
+        fwCfg.AddComputedFile(TableLoader.FileName, Script(now).Length, () => Script(build()));
+    }
+
+    private static byte[] Script(AcpiBlob blob)
+    {
         var loader = new TableLoader();
         loader.Allocate(Tables, 64, inLowMemory: false);
         loader.Allocate(Root, 16, inLowMemory: true);
@@ -117,8 +134,6 @@ public static class FwCfgAcpi
         loader.AddPointer(Root, Tables, 24, 8);
         loader.AddChecksum(Root, 8, 0, 20);
         loader.AddChecksum(Root, 32, 0, 36);
-        fwCfg.AddFile(Tables, blob.Tables);
-        fwCfg.AddFile(Root, blob.RootPointer(0));
-        fwCfg.AddFile(TableLoader.FileName, loader.ToArray());
+        return loader.ToArray();
     }
 }

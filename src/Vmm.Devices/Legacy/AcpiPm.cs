@@ -132,6 +132,16 @@ public sealed class AcpiPm : PciFunction
     /// <summary>The two ports at <see cref="ApmPort"/>.</summary>
     public IRegisterWindow ApmWindow { get; }
 
+    /// <summary>Where the registers are: as firmware decided, or <see cref="DefaultPort"/> while it has not.</summary>
+    public ushort RegisterPort
+    {
+        get
+        {
+            uint port = GetConfig(PmBase, AccessWidth.Dword) & 0xFFC0;
+            return (GetConfig(PmRegMisc, AccessWidth.Byte) & 1) != 0 && port != 0 ? (ushort)port : DefaultPort;
+        }
+    }
+
     /// <summary>The guest is in ACPI mode and listens to the power button.</summary>
     public bool ListensToPowerButton
     {
