@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using System.Collections.Generic;
 using System.Globalization;
 using System.IO;
+using System.Runtime.InteropServices;
 using Vmm.Host.Native;
 
 namespace Vmm.Host;
@@ -51,6 +53,71 @@ public static class HostProcess
     {
         const int SetNoNewPrivileges = 38;
         return OsAbi.Current.System == HostSystem.Linux && LibC.prctl(SetNoNewPrivileges, 1, 0, 0, 0) == 0;
+    }
+
+    /// <summary>
+    /// Becomes another program: the same process number, descriptors that are not closed on execution, environment. Returns
+    /// only by exception.
+    /// </summary>
+    /// <exception cref="HostException">The program cannot be run.</exception>
+    public static unsafe void Execute(string program, IReadOnlyList<string> arguments)
+    {
+        ArgumentNullException.ThrowIfNull(arguments);
+        var variables = new List<string>();
+        foreach (System.Collections.DictionaryEntry variable in Environment.GetEnvironmentVariables())
+        {
+            variables.Add($"{variable.Key}={variable.Value}");
+        }
+
+        // SAFETY: the kernel copies the strings; the lists end with a null pointer; leaked only if there is nothing to run.
+        byte** words = ToStrings([program, .. arguments]);
+        byte** environment = ToStrings(variables);
+        _ = LibC.execve(words[0], words, environment);
+        throw HostException.Last($"run {program}");
+    }
+
+    /// <summary>
+    /// Gives up what no VM's process needs, for good, once everything is open: other programs and processes (FreeBSD: new
+    /// privileges and being traced; illumos: the basic privileges proc_exec, proc_fork, proc_info, proc_session and
+    /// file_link_any). Linux has <see cref="Sandbox.SystemCallFilter"/> for it.
+    /// </summary>
+    /// <returns>False where the system refused or has no such thing.</returns>
+    public static unsafe bool TryGiveUpProcesses()
+    {
+        // FreeBSD sys/procctl.h, sys/wait.h.
+        const int IdOfProcess = 0;
+        const int TraceControl = 7;
+        const int TraceDisable = 2;
+        const int NoNewPrivilegesControl = 19;
+
+        // illumos sys/priv.h: PRIV_SET removes what the set does not have.
+        const int PrivilegeSet = 2;
+        const string Basic = "basic,!proc_exec,!proc_fork,!proc_info,!proc_session,!file_link_any";
+        switch (OsAbi.Current.System)
+        {
+            case HostSystem.FreeBsd:
+                int disable = TraceDisable;
+                int enable = 1;
+                return LibC.procctl(IdOfProcess, Environment.ProcessId, NoNewPrivilegesControl, &enable) == 0
+                    & LibC.procctl(IdOfProcess, Environment.ProcessId, TraceControl, &disable) == 0;
+            case HostSystem.Illumos:
+                nint set = LibC.priv_str_to_set(Basic, ",", 0);
+                return set != 0 && LibC.setppriv(PrivilegeSet, "Permitted", set) == 0 && LibC.setppriv(PrivilegeSet, "Limit", set) == 0;
+            default:
+                return false;
+        }
+    }
+
+    private static unsafe byte** ToStrings(List<string> texts)
+    {
+        // SAFETY: one pointer more than there are texts; each text is zero-terminated by the marshaller.
+        var list = (byte**)NativeMemory.AllocZeroed((nuint)(texts.Count + 1), (nuint)sizeof(byte*));
+        for (int i = 0; i < texts.Count; i++)
+        {
+            list[i] = (byte*)Marshal.StringToCoTaskMemUTF8(texts[i]);
+        }
+
+        return list;
     }
 
     // passwd(5): name:password:uid:gid:... A user of NIS or LDAP is not found here; service accounts are local.

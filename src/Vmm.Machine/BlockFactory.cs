@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using System.Collections.Generic;
 using System.IO;
+using System.Linq;
 using Vmm.Backends.Block;
 using Vmm.Config;
 using Vmm.Core;
@@ -9,7 +11,7 @@ using Vmm.Machine.Boot;
 namespace Vmm.Machine;
 
 /// <summary>Opens the images of a definition's disks, and makes those that are to be made.</summary>
-internal static class BlockFactory
+public static class BlockFactory
 {
     /// <summary>Opens a disk's image; null for an empty drive.</summary>
     /// <exception cref="BootException">It cannot be used.</exception>
@@ -20,20 +22,11 @@ internal static class BlockFactory
             return null;
         }
 
-        string? format = spec.Format switch
-        {
-            DiskFormat.Raw => "raw",
-            DiskFormat.Qcow2 => "qcow2",
-            _ => null,
-        };
+        string? format = FormatOf(spec);
         bool isReadOnly = spec.ReadOnly || spec.Bus == DiskBus.Cdrom;
         try
         {
-            if (!File.Exists(spec.Path) && (spec.SizeBytes is not null || spec.Backing is not null))
-            {
-                Create(spec, format);
-            }
-
+            MakeIfMissing(spec, format);
             var options = new BlockBackendOptions
             {
                 Cache = spec.Cache switch
@@ -58,8 +51,47 @@ internal static class BlockFactory
         }
     }
 
-    private static void Create(DiskSpec spec, string? format)
+    /// <summary>Makes the images that are to be made, and lists all files that a machine's disks consist of.</summary>
+    /// <returns>Path, and whether the machine writes to it. Images that cannot be opened are left to <see cref="Open"/>.</returns>
+    public static IReadOnlyList<(string Path, bool IsWritten)> Prepare(IReadOnlyList<DiskSpec> disks)
     {
+        var files = new List<(string, bool)>();
+        foreach (DiskSpec spec in disks)
+        {
+            if (spec.Path is null)
+            {
+                continue;
+            }
+
+            files.Add((spec.Path, !spec.ReadOnly && spec.Bus != DiskBus.Cdrom));
+            try
+            {
+                MakeIfMissing(spec, FormatOf(spec));
+                files.AddRange(DiskImage.ListFiles(spec.Path, FormatOf(spec)).Skip(1).Select(static backing => (backing, false)));
+            }
+            catch (Exception failure) when (failure is IOException or ImageException or UnauthorizedAccessException)
+            {
+                // Opening it says so, with the definition's place.
+            }
+        }
+
+        return files;
+    }
+
+    private static string? FormatOf(DiskSpec spec) => spec.Format switch
+    {
+        DiskFormat.Raw => "raw",
+        DiskFormat.Qcow2 => "qcow2",
+        _ => null,
+    };
+
+    private static void MakeIfMissing(DiskSpec spec, string? format)
+    {
+        if (File.Exists(spec.Path) || (spec.SizeBytes is null && spec.Backing is null))
+        {
+            return;
+        }
+
         bool isQcow2 = spec.Path!.EndsWith(".qcow2", StringComparison.OrdinalIgnoreCase) || spec.Backing is not null;
         DiskImage.Create(
             spec.Path,

@@ -199,26 +199,8 @@ internal sealed class Cards : IDisposable
             GuestMac = mac,
             Forwards = forwards,
             Mtu = nic.Mtu == 0 ? 1500 : nic.Mtu,
-            SwitchDirectory = nic.Network is null ? null : Path.Combine(RunDirectory(), "net", nic.Network),
+            SwitchDirectory = nic.Network is null ? null : UserSwitch.DirectoryOf(nic.Network),
         };
-    }
-
-    // As Vmm.Fleet's FleetPaths, which this assembly does not see.
-    private static string RunDirectory()
-    {
-        if (Environment.GetEnvironmentVariable("VMM_RUN_DIR") is { Length: > 0 } given)
-        {
-            return given;
-        }
-
-        if (HostProcess.IsRoot)
-        {
-            return "/var/run/vmm";
-        }
-
-        return Environment.GetEnvironmentVariable("XDG_RUNTIME_DIR") is { Length: > 0 } runtime
-            ? Path.Combine(runtime, "vmm")
-            : Path.Combine(Path.GetTempPath(), "vmm-" + Environment.UserName);
     }
 
     /// <summary>The host's random numbers.</summary>

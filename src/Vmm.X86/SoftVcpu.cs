@@ -49,6 +49,8 @@ public sealed unsafe partial class SoftVcpu : IVcpu
 
     internal ICpuInterruptPort InterruptPort => _interrupts;
 
+    internal bool IsDisposed => _cpu == null;
+
     internal bool HasFlushed =>
         (Volatile.Read(ref _cpu->Request) & RequestBits.FlushAll) == 0 || Volatile.Read(ref _cpu->Safe) != 0;
 

@@ -252,7 +252,8 @@ public sealed unsafe class SoftVm : IVm
         SoftVcpu[] vcpus;
         lock (_gate)
         {
-            vcpus = _vcpus.ToArray();
+            // A machine that is being taken apart unmaps its cards after its vCPUs have gone.
+            vcpus = _vcpus.FindAll(static vcpu => !vcpu.IsDisposed).ToArray();
         }
 
         foreach (SoftVcpu vcpu in vcpus)

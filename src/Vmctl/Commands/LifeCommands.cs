@@ -281,7 +281,8 @@ internal static class ControlCommands
             }
 
             string path = result.GetValue(file) ?? throw new CommandException(ExitStatus.Usage, "screenshot: name a PNG file, or give --text");
-            await ExecuteAsync(client, "screendump", path, cancellation).ConfigureAwait(false);
+            JsonElement picture = await ExecuteAsync(client, "vmm-screen", null, cancellation).ConfigureAwait(false);
+            await File.WriteAllBytesAsync(path, picture.GetProperty("png").GetBytesFromBase64(), cancellation).ConfigureAwait(false);
             return ExitStatus.Ok;
         });
         return command;
@@ -339,19 +340,40 @@ internal static class ControlCommands
             using FleetAccess fleet = arguments.Open(result);
             using ControlClient client = await fleet.ConnectAsync(arguments.One(result), cancellation).ConfigureAwait(false);
             VmReport before = await client.ReportAsync(cancellation).ConfigureAwait(false);
-            await ExecuteAsync(client, "vmm-save", result.GetRequiredValue(file), cancellation).ConfigureAwait(false);
+
+            // The VM's process reaches its own directories only; the file that was named is the user's to write.
+            string saved = Path.Combine(fleet.Paths.Of(arguments.One(result)).State, "snapshot.state");
+            try
+            {
+                await ExecuteAsync(client, "vmm-save", saved, cancellation).ConfigureAwait(false);
+                File.Move(saved, result.GetRequiredValue(file), overwrite: true);
+            }
+            catch
+            {
+                await GoOnAsync(client, before, cancellation).ConfigureAwait(false);
+                throw;
+            }
+
             if (result.GetValue(stop))
             {
                 await ExecuteAsync(client, "quit", null, cancellation).ConfigureAwait(false);
             }
-            else if (before.Condition == VmCondition.Running)
+            else
             {
-                await ExecuteAsync(client, "cont", null, cancellation).ConfigureAwait(false);
+                await GoOnAsync(client, before, cancellation).ConfigureAwait(false);
             }
 
             return ExitStatus.Ok;
         });
         return command;
+    }
+
+    private static async Task GoOnAsync(ControlClient client, VmReport before, CancellationToken cancellation)
+    {
+        if (before.Condition == VmCondition.Running)
+        {
+            await ExecuteAsync(client, "cont", null, cancellation).ConfigureAwait(false);
+        }
     }
 
     private static Command Simple(CommandContext context, string verb, string word, string description)

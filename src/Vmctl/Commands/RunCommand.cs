@@ -2,6 +2,7 @@
 using System;
 using System.Collections.Generic;
 using System.CommandLine;
+using System.IO;
 using Vmm.Config;
 using Vmm.Fleet;
 using Vmm.Host;
@@ -101,21 +102,32 @@ internal static class RunProcessCommand
     internal static Command Create(CommandContext context)
     {
         var file = new Argument<string>("file");
+        var confined = new Option<bool>("--confined");
         var paths = new PathOptions();
-        var command = new Command("_run", "A VM's process as the daemon starts it.") { file };
+        var command = new Command("_run", "A VM's process as the daemon starts it.") { file, confined };
         command.Hidden = true;
         paths.AddTo(command, withDefinitions: false);
         command.SetAction(result =>
         {
-            HostProcess.TryLeaveSession();
-            MachineSpec spec = ConfigFiles.LoadNamed(result.GetRequiredValue(file));
+            string definition = Path.GetFullPath(result.GetRequiredValue(file));
+            MachineSpec spec = ConfigFiles.LoadNamed(definition);
             FleetPaths resolved = paths.Resolve(result);
-            if (spec.RunAs is { } user && HostProcess.IsRoot)
+            if (!result.GetValue(confined))
             {
-                HostProcess.BecomeUser(user);
+                HostProcess.TryLeaveSession();
+                if (spec.RunAs is { } user && HostProcess.IsRoot)
+                {
+                    HostProcess.BecomeUser(user);
+                }
+
+                HostProcess.TryRefuseNewPrivileges();
+                VmConfinement.EnterFiles(
+                    spec,
+                    resolved.Of(spec.Name),
+                    definition,
+                    ["_run", "--confined", "--run-dir", resolved.Run, "--state-dir", resolved.State, definition]);
             }
 
-            HostProcess.TryRefuseNewPrivileges();
             using var log = new LastLineWriter(context.Error);
             return new VmSession(spec, resolved.Of(spec.Name), log, withControl: true).Run(null, reportDriver: true);
         });

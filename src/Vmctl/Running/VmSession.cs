@@ -187,6 +187,7 @@ internal sealed class VmSession
                 companion.Serve(_paths, new MachineControl(_spec, machine, console), console);
             }
 
+            VmConfinement.EnterCalls(_log);
             Volatile.Write(ref _machine, machine);
             if (Volatile.Read(ref _quitRequested) != 0)
             {

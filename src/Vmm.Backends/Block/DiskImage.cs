@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using System.Collections.Generic;
 using System.IO;
 using System.Threading;
 using Vmm.Backends.Block.Qcow2;
@@ -80,6 +81,21 @@ public static class DiskImage
             default:
                 throw new ImageException(path, -1, $"disk format \"{format}\" is unknown; raw and qcow2 are known");
         }
+    }
+
+    /// <summary>The files that an image consists of: itself first, then its chain of backing files.</summary>
+    /// <exception cref="IOException">A file cannot be opened or is in use.</exception>
+    /// <exception cref="ImageException">As <see cref="Open"/>.</exception>
+    public static IReadOnlyList<string> ListFiles(string path, string? format = null)
+    {
+        using BlockImage image = Open(path, readOnly: true, format);
+        var files = new List<string>();
+        for (BlockImage? layer = image; layer is not null; layer = layer.Backing)
+        {
+            files.Add(layer.Path);
+        }
+
+        return files;
     }
 
     /// <summary>Makes a new image; the file must not exist.</summary>

@@ -22,4 +22,25 @@ internal static unsafe partial class LibC
 
     [LibraryImport("libc", SetLastError = true)]
     internal static partial int prctl(int option, nuint a, nuint b, nuint c, nuint d);
+
+    // Variadic in C; on x86-64 integers travel alike.
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial nint syscall(nint number, nint a, nint b, nint c);
+
+    [LibraryImport("libc", EntryPoint = "syscall", SetLastError = true)]
+    internal static partial nint syscall4(nint number, nint a, nint b, nint c, nint d);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial int execve(byte* path, byte** arguments, byte** environment);
+
+    // FreeBSD.
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial int procctl(int idType, long id, int command, int* data);
+
+    // illumos: priv_str_to_set(3C), setppriv(2).
+    [LibraryImport("libc", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
+    internal static partial nint priv_str_to_set(string text, string separator, nint end);
+
+    [LibraryImport("libc", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
+    internal static partial int setppriv(int operation, string which, nint set);
 }
