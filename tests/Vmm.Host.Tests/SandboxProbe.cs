@@ -7,7 +7,6 @@ using System.Net.Sockets;
 using System.Runtime.InteropServices;
 using System.Text;
 using System.Threading;
-using Vmm.Core;
 using Vmm.Host.Native;
 using Vmm.Host.Sandbox;
 

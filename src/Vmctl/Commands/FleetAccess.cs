@@ -2,6 +2,7 @@
 using System;
 using System.Collections.Generic;
 using System.CommandLine;
+using System.Diagnostics;
 using System.IO;
 using System.Text.Json;
 using System.Threading;
@@ -18,6 +19,8 @@ namespace Vmctl.Commands;
 /// </summary>
 internal sealed class FleetAccess : IDisposable
 {
+    private static readonly TimeSpan s_startPatience = TimeSpan.FromSeconds(10);
+
     private readonly FleetClient _client;
 
     internal FleetAccess(FleetPaths paths)
@@ -67,10 +70,22 @@ internal sealed class FleetAccess : IDisposable
     /// <exception cref="CommandException">There is none: 66 unknown, 75 not running.</exception>
     internal async Task<ControlClient> ConnectAsync(string name, CancellationToken cancellation)
     {
-        if (MachineNames.IsName(name)
-            && await ControlClient.TryConnectAsync(Paths.Of(name).Control, cancellation).ConfigureAwait(false) is { } client)
+        // One that is just starting has a process and does not listen yet.
+        long start = Stopwatch.GetTimestamp();
+        while (MachineNames.IsName(name))
         {
-            return client;
+            VmPaths vm = Paths.Of(name);
+            if (await ControlClient.TryConnectAsync(vm.Control, cancellation).ConfigureAwait(false) is { } client)
+            {
+                return client;
+            }
+
+            if (!VmProcess.IsAlive(vm) || Stopwatch.GetElapsedTime(start) > s_startPatience)
+            {
+                break;
+            }
+
+            await Task.Delay(50, cancellation).ConfigureAwait(false);
         }
 
         throw await NotRunningAsync(name, cancellation).ConfigureAwait(false);
