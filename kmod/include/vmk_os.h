@@ -174,6 +174,27 @@ bool	 vmk_sigset_ok(uint32_t len);
 void	 vmk_sigmask_swap(const struct vmk_sigset *set, struct vmk_sigset *old);
 void	 vmk_sigmask_restore(const struct vmk_sigset *old);
 
+/*
+ * A host with a hypervisor multiplexor (illumos) switches SVM or VMX on itself
+ * and hands out the tags of guest translations.  NULL: there is none, or it
+ * does not serve this processor; then this module does both.  The functions
+ * are called with interrupts disabled, vpid_* in sleepable context.
+ */
+struct vmk_hv_tag { uint64_t opaque[2]; };	/* zero at first */
+struct vmk_hv {
+	/* SVM.  Gives the VMCB's TLB_CONTROL and the ASID. */
+	uint8_t	(*asid)(struct vmk_hv_tag *, bool flush_by_asid, bool flush,
+		    uint32_t *asid);
+	/* VMX.  0: none left; run without. */
+	uint16_t (*vpid_alloc)(void);
+	void	(*vpid_free)(uint16_t);
+	/* VMX: the sibling hardware thread is ours.  False: try again. */
+	bool	(*sibling_enter)(void);
+	void	(*sibling_leave)(void);
+};
+const struct vmk_hv *vmk_hv_claim(void);
+void	 vmk_hv_release(void);
+
 /* ---- time -------------------------------------------------------------- */
 
 uint64_t vmk_time_ns(void);		/* monotonic, any context */

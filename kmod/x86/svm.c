@@ -26,7 +26,9 @@
  * flush-by-ASID that is still one full flush in nasid flushes.
  *
  * Per-processor state is made at load, switched on at the first entry on that
- * processor, switched off at unload.  Nobody else may use SVM meanwhile.
+ * processor, switched off at unload.  Nobody else may use SVM meanwhile, unless
+ * the host has a multiplexor (struct vmk_hv), which then owns EFER.SVME, the
+ * host save area and the ASIDs.
  */
 #include "x86.h"
 #include "svm.h"
@@ -59,9 +61,11 @@ struct svm_vcpu {
 	uint64_t	 cr4_hidden;	/* MCE */
 	uint32_t	 cpu;
 	uint64_t	 asid_gen;
+	struct vmk_hv_tag tag;
 	struct x86_host	 host;
 };
 
+static const struct vmk_hv *svm_hv;	/* NULL: all is ours */
 static struct svm_cpu	*svm_cpus;
 static unsigned int	 svm_ncpus;
 static uint32_t		 svm_gen;
@@ -132,8 +136,21 @@ probe(void)
 		return (VMK_ENODEV);
 	cpuid(0x80000008U, 0, o);
 	svm_ibpb = (o[1] & (1U << 12)) != 0;
+	svm_hv = vmk_hv_claim();
+	if (svm_hv != NULL)
+		return (0);
 	vmk_cpu_each(check_unused, &busy);
 	return (busy != 0 ? VMK_EBUSY : 0);
+}
+
+static void
+let_go(void)
+{
+	if (svm_hv != NULL)
+		vmk_hv_release();
+	else
+		vmk_cpu_each(switch_off, NULL);
+	svm_hv = NULL;
 }
 
 static void
@@ -199,6 +216,7 @@ svm_init(void)
 		msr_allow(allowed[i]);
 	return (0);
 fail:
+	let_go();
 	free_cpus();
 	return (VMK_ENOMEM);
 }
@@ -206,7 +224,7 @@ fail:
 static void
 svm_fini(void)
 {
-	vmk_cpu_each(switch_off, NULL);
+	let_go();
 	free_cpus();
 }
 
@@ -442,6 +460,12 @@ new_asid(struct svm_vcpu *s, struct svm_cpu *c)
 static void
 choose_asid(struct svm_vcpu *s, struct svm_cpu *c, uint32_t cpu, bool flush)
 {
+	if (svm_hv != NULL) {
+		s->vmcb->tlb_control = svm_hv->asid(&s->tag,
+		    (svm_features & FEATURE_FLUSHBYASID) != 0, flush,
+		    &s->vmcb->asid);
+		return;
+	}
 	if (s->cpu != cpu || s->asid_gen != c->asid_gen ||
 	    s->vmcb->asid == 0) {
 		new_asid(s, c);
@@ -643,7 +667,7 @@ svm_enter(struct vmk_vcpu *vcpu, const struct vmk_entry *e,
 		return;
 	}
 	c = &svm_cpus[vcpu->cpu];
-	if (c->on_gen != svm_gen)
+	if (svm_hv == NULL && c->on_gen != svm_gen)
 		switch_on(c);
 	choose_asid(s, c, vcpu->cpu, flush);
 	set_intercepts(v, e);

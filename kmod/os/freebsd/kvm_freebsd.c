@@ -579,6 +579,18 @@ vmk_yield(void)
 	return (owes_ast(curthread) ? VMK_EINTR : 0);
 }
 
+/* No multiplexor; vmm.ko is kept out instead. */
+const struct vmk_hv *
+vmk_hv_claim(void)
+{
+	return (NULL);
+}
+
+void
+vmk_hv_release(void)
+{
+}
+
 /* ---- signals ----------------------------------------------------------- */
 
 FITS(sigset_t, vmk_sigset);

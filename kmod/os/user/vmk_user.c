@@ -525,6 +525,17 @@ user_signal_self(bool pending)
 	signalled = pending;
 }
 
+const struct vmk_hv *
+vmk_hv_claim(void)
+{
+	return (NULL);
+}
+
+void
+vmk_hv_release(void)
+{
+}
+
 /* ---- signals ----------------------------------------------------------- */
 
 static _Thread_local struct vmk_sigset sigmask;

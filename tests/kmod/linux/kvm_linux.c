@@ -328,6 +328,17 @@ vmk_yield(void)
 	return (signal_pending(current) ? VMK_EINTR : 0);
 }
 
+const struct vmk_hv *
+vmk_hv_claim(void)
+{
+	return (NULL);
+}
+
+void
+vmk_hv_release(void)
+{
+}
+
 /* ---- signals ----------------------------------------------------------- */
 
 static_assert(sizeof(sigset_t) == 8);
