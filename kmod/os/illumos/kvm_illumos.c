@@ -31,7 +31,6 @@
 #include "kvm_sys.h"
 
 #define	VMK_HOST_TYPES
-#include <sys/stdbool.h>
 #include "vmk_os.h"
 
 #define	FITS(inner, outer)						\

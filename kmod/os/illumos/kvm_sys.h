@@ -34,6 +34,7 @@
 #include <sys/smt.h>
 #include <sys/spl.h>
 #include <sys/stat.h>
+#include <sys/stdbool.h>
 #include <sys/thread.h>
 #include <sys/uio.h>
 #include <sys/vnode.h>
