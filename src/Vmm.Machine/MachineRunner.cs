@@ -5,6 +5,7 @@ using Vmm.Config;
 using Vmm.Core;
 using Vmm.Host;
 using Vmm.Machine.Boot;
+using Vmm.X86;
 
 namespace Vmm.Machine;
 
@@ -49,6 +50,11 @@ public static class MachineRunner
         try
         {
             AccelChoice choice = AccelChooser.Choose(spec.Accel);
+            if (choice.Hypervisor is SoftHypervisor soft)
+            {
+                soft.Translate = spec.Soft.Translate;
+            }
+
             if (options.ReportDriver)
             {
                 log.WriteLine($"vmctl: {spec.Name}: runs on {choice.Reason}");

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: BSD-2-Clause
+using System;
 using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
 using System.Threading;
@@ -38,6 +39,9 @@ internal static class BlockKey
 
     /// <summary>CPL 3.</summary>
     public const uint User = 32;
+
+    /// <summary>EFLAGS.AC acts: SMAP is overridden at CPL 0 to 2, alignment is checked at CPL 3.</summary>
+    public const uint Ac = 64;
 }
 
 /// <summary>A decoded basic block.</summary>
@@ -90,6 +94,24 @@ internal unsafe struct Block
 
     /// <summary>VmShared.Epoch when it was decoded.</summary>
     public long Epoch;
+
+    /// <summary>Generated code that expects the guest's flags in the host's; null when there is none.</summary>
+    public byte* EntryHostFlags;
+
+    /// <summary>Generated code that expects the guest's flags in FlagImage; null when there is none.</summary>
+    public byte* EntryFlagImage;
+
+    /// <summary>Next block with generated code in the same page.</summary>
+    public Block* NextNative;
+
+    /// <summary>Exit record of the block's own address.</summary>
+    public int SelfExit;
+
+    /// <summary>Times that the interpreter ran it.</summary>
+    public int Hits;
+
+    /// <summary>Arithmetic flags that the block reads before it writes them, with bit 8 set; 0: not known yet.</summary>
+    public int FlagsIn;
 }
 
 /// <summary>A jump-cache entry.</summary>
@@ -122,6 +144,21 @@ internal unsafe struct BlockCache
     /// <summary>Times that the arena filled up.</summary>
     public long Overflows;
 
+    /// <summary>Entries of the indirect-branch cache (Translate/CodeCache.cs).</summary>
+    public const int Branches = 1 << 14;
+
+    /// <summary>Tags of the indirect-branch cache.</summary>
+    public ulong* BranchTags;
+
+    /// <summary>Bit n: the indirect-branch cache has an entry of a page that hashes to n.</summary>
+    public ulong BranchPages0;
+    public ulong BranchPages1;
+    public ulong BranchPages2;
+    public ulong BranchPages3;
+
+    /// <summary>Times that everything was dropped: generated code that belongs to another count is gone.</summary>
+    public long Clears;
+
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public readonly JumpEntry* JumpSlot(ulong linear)
     {
@@ -131,15 +168,42 @@ internal unsafe struct BlockCache
     }
 
     /// <summary>Drops jump-cache entries of a page and of instructions that cross into it.</summary>
-    public readonly void ForgetPage(ulong linear)
+    public void ForgetPage(ulong linear)
     {
         ForgetRow(linear);
         ForgetRow(linear - 4096);
+        int bit = BranchPage(linear);
+        fixed (ulong* pages = &BranchPages0)
+        {
+            if (((pages[bit >> 6] >> (bit & 63)) & 1) != 0)
+            {
+                ForgetBranches();
+            }
+        }
     }
 
+    /// <summary>Drops the indirect-branch cache.</summary>
+    public void ForgetBranches()
+    {
+        if ((BranchPages0 | BranchPages1 | BranchPages2 | BranchPages3) != 0)
+        {
+            Unsafe.InitBlock(BranchTags, 0, Branches * sizeof(ulong));
+            BranchPages0 = 0;
+            BranchPages1 = 0;
+            BranchPages2 = 0;
+            BranchPages3 = 0;
+        }
+    }
+
+    /// <summary>Number of a linear page in the filter, 0 to 255.</summary>
+    public static int BranchPage(ulong linear) => (int)((linear >> 12) ^ (linear >> 20) ^ (linear >> 28)) & 0xFF;
+
     /// <summary>Drops the jump cache.</summary>
-    public readonly void ForgetAll() =>
+    public void ForgetAll()
+    {
         Unsafe.InitBlock(Jumps, 0, (uint)(sizeof(JumpEntry) * Rows * RowEntries));
+        ForgetBranches();
+    }
 
     /// <summary>Drops all blocks. Not while one is running.</summary>
     public void Clear()
@@ -147,6 +211,7 @@ internal unsafe struct BlockCache
         ForgetAll();
         NativeMemory.Clear(Hash, (nuint)(Buckets * sizeof(Block*)));
         Used = 0;
+        Clears++;
     }
 
     /// <summary>Takes aligned memory from the arena; null when it is full.</summary>
@@ -235,7 +300,7 @@ internal static unsafe class CodePages
     public static void Invalidate(CpuContext* cpu, byte* host, byte* flags, int length)
     {
         CodeInfo* info = Info(cpu->Shared, host);
-        if (!Invalidate(info, host, flags, length))
+        if (!Invalidate(cpu->Shared, info, host, flags, length))
         {
             return;
         }
@@ -249,7 +314,7 @@ internal static unsafe class CodePages
     }
 
     /// <summary>The same for writers that are no vCPU.</summary>
-    public static bool Invalidate(CodeInfo* info, byte* host, byte* flags, int length)
+    public static bool Invalidate(VmShared* shared, CodeInfo* info, byte* host, byte* flags, int length)
     {
         if ((Volatile.Read(ref info->Granules) & Mask(host, length)) == 0)
         {
@@ -260,7 +325,31 @@ internal static unsafe class CodePages
         Interlocked.Exchange(ref info->Granules, 0);
         Interlocked.Increment(ref info->Generation);
         info->Hits++;
+        Announce(shared, (int)(info - shared->Code));
         return true;
+    }
+
+    // Generated code does not compare generations: every vCPU is told, and cuts off what lies in the page.
+    private static void Announce(VmShared* shared, int index)
+    {
+        var spin = default(SpinWait);
+        while (Interlocked.CompareExchange(ref shared->CodeWriteGate, 1, 0) != 0)
+        {
+            spin.SpinOnce();
+        }
+
+        shared->CodeWriteRing[shared->CodeWrites & (VmShared.RingEntries - 1)] = index;
+        Volatile.Write(ref shared->CodeWrites, shared->CodeWrites + 1);
+        Volatile.Write(ref shared->CodeWriteGate, 0);
+        int count = Math.Min(Volatile.Read(ref shared->Vcpus), VmShared.MaxVcpus);
+        for (int i = 0; i < count; i++)
+        {
+            var cpu = (CpuContext*)Volatile.Read(ref shared->Contexts[i]);
+            if (cpu != null)
+            {
+                Interlocked.Or(ref cpu->Request, RequestBits.Code);
+            }
+        }
     }
 
     // The running block was overwritten: what follows the running instruction must be fetched again.

@@ -95,6 +95,9 @@ internal static class RequestBits
 
     /// <summary>Something that this thread itself did needs the slow path (mode, interrupt flag, breakpoints).</summary>
     public const int Look = 4;
+
+    /// <summary>Code was overwritten: generated code of it must be cut off (VmShared.CodeWriteRing).</summary>
+    public const int Code = 8;
 }
 
 /// <summary>
@@ -106,6 +109,18 @@ internal unsafe struct CpuContext
 {
     /// <summary>Bytes of the block.</summary>
     public const int SizeBytes = 0x2000;
+
+    /// <summary>Where the TLB tables lie, reached by generated code through GS like everything here.</summary>
+    public const int TlbOffset = SizeBytes;
+
+    /// <summary>Tags of the indirect-branch cache.</summary>
+    public const int BranchTagsOffset = TlbOffset + (TlbEntry.Tables * TlbEntry.Count * TlbEntry.SizeBytes);
+
+    /// <summary>Targets of the indirect-branch cache.</summary>
+    public const int BranchTargetsOffset = BranchTagsOffset + (BlockCache.Branches * sizeof(ulong));
+
+    /// <summary>Bytes of the context and the tables behind it.</summary>
+    public const int TotalBytes = BranchTargetsOffset + (BlockCache.Branches * sizeof(ulong));
 
     /// <summary>Where the XSAVE area starts: standard (non-compacted) format, 64-byte aligned, 4096 bytes.</summary>
     public const int XsaveOffset = 0x1000;
@@ -179,9 +194,13 @@ internal unsafe struct CpuContext
     [FieldOffset(0xB8)]
     public int Request;
 
-    /// <summary>Current privilege level, 0 to 3.</summary>
-    [FieldOffset(0xBC)]
-    public int Cpl;
+    /// <summary>
+    /// Names address space and privilege mode to the indirect-branch cache of generated code (CodeCache.cs). It shares a
+    /// quadword with <see cref="Request"/>, so that a request makes every probe of that cache miss; what is between
+    /// the two stays 0.
+    /// </summary>
+    [FieldOffset(0xBE)]
+    public ushort BranchTag;
 
     /// <summary>The TLB of the current privilege mode.</summary>
     [FieldOffset(0xC0)]
@@ -364,6 +383,42 @@ internal unsafe struct CpuContext
     /// <summary>1 when a stack offset is a linear address: 64-bit mode, or SS flat.</summary>
     [FieldOffset(0x39C)]
     public int StackFlat;
+
+    /// <summary>Generated code: linear address of the page whose code runs.</summary>
+    [FieldOffset(0x3B0)]
+    public ulong CodeBase;
+
+    /// <summary>Generated code: arithmetic flags as LAHF (bits 15:8) and SETO (bits 7:0) leave them in AX.</summary>
+    [FieldOffset(0x3B8)]
+    public ulong FlagImage;
+
+    /// <summary>Generated code: 0 vector registers are in the context; 1 XMM, 2 YMM are in the host's registers.</summary>
+    [FieldOffset(0x3C0)]
+    public int VectorsLoaded;
+
+    /// <summary>What <see cref="VectorsLoaded"/> may become: 0 where an instruction would raise an exception.</summary>
+    [FieldOffset(0x3C4)]
+    public int VectorsReady;
+
+    /// <summary>Generated code left through this exit record, or for this record's handler.</summary>
+    [FieldOffset(0x3C8)]
+    public ulong ExitInfo;
+
+    /// <summary>This context's address.</summary>
+    [FieldOffset(0x3D0)]
+    public CpuContext* Self;
+
+    /// <summary>The function behind the handler stub.</summary>
+    [FieldOffset(0x3D8)]
+    public nint Helper;
+
+    /// <summary>Current privilege level, 0 to 3.</summary>
+    [FieldOffset(0x3E8)]
+    public int Cpl;
+
+    /// <summary>Invalidations of code (VmShared.CodeWrites) that this vCPU has acted upon.</summary>
+    [FieldOffset(0x3E0)]
+    public long SeenCodeWrites;
 
     /// <summary>Decoded blocks and the jump cache (BlockCache.cs).</summary>
     [FieldOffset(0x318)]

@@ -7,8 +7,17 @@ namespace Vmm.X86;
 /// <summary>The software processor as a driver: works on every x86-64 host, needs no privilege.</summary>
 public sealed class SoftHypervisor : IHypervisor
 {
-    /// <summary>Code memory that is always enough: thunks are bounded by the instruction set.</summary>
-    public const int CodeMemoryBytes = 64 << 20;
+    /// <summary>
+    /// Code memory: thunks, which are bounded by the instruction set, and an arena for each vCPU's translated blocks.
+    /// Pages are committed when they are used; vCPUs beyond the last arena are interpreted.
+    /// </summary>
+    public const int CodeMemoryBytes = ThunkBytes + (28 * ArenaBytes);
+
+    /// <summary>Bytes for thunks.</summary>
+    internal const int ThunkBytes = 64 << 20;
+
+    /// <summary>Bytes for one vCPU's translated blocks.</summary>
+    internal const int ArenaBytes = 32 << 20;
 
     private readonly ThunkCache? _thunks;
 
@@ -27,6 +36,9 @@ public sealed class SoftHypervisor : IHypervisor
 
     /// <summary>Null, or one line that says what guests go without and why.</summary>
     public string? Restriction { get; }
+
+    /// <summary>Translate hot code of VMs made from now on; otherwise everything is interpreted.</summary>
+    public bool Translate { get; set; } = true;
 
     /// <summary>Frequency of the guest's TSC: one tick a nanosecond.</summary>
     public const long TscKhz = 1_000_000;
@@ -56,7 +68,7 @@ public sealed class SoftHypervisor : IHypervisor
     public IVm CreateVm(VmOptions options)
     {
         System.ArgumentNullException.ThrowIfNull(options);
-        return new SoftVm(options, TscKhz, _thunks);
+        return new SoftVm(options, TscKhz, _thunks) { Translate = Translate };
     }
 
     /// <inheritdoc/>

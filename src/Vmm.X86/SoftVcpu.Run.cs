@@ -30,6 +30,7 @@ public sealed unsafe partial class SoftVcpu
         CpuContext* cpu = _cpu;
         cpu->InterruptHint = 1;
         DevicePort.Leave(cpu);
+        EnterThread(cpu);
         try
         {
             ExitKind kind = Execute(cpu);
@@ -150,7 +151,12 @@ public sealed unsafe partial class SoftVcpu
                     FlushRequested();
                 }
 
-                Interlocked.And(ref cpu->Request, ~(RequestBits.Look | RequestBits.Kick));
+                Interlocked.And(ref cpu->Request, ~(RequestBits.Look | RequestBits.Kick | RequestBits.Code));
+                if ((request & RequestBits.Code) != 0)
+                {
+                    CutOverwrittenCode(cpu);
+                }
+
                 if ((request & RequestBits.Kick) != 0)
                 {
                     return ExitKind.Interrupted;
@@ -346,12 +352,28 @@ public sealed unsafe partial class SoftVcpu
             cpu->BlockRip = cpu->Rip;
             Insn* insn = block->First;
             Status status;
-            while ((status = insn->Handler(cpu, insn)) == Status.Next)
+            if (block->EntryFlagImage != null || Heat(cpu, block))
             {
-                insn++;
+                status = RunTranslated(cpu, block, &insn);
+                block = cpu->CurrentBlock;
+            }
+            else
+            {
+                status = Status.Next;
+                _exit = -1;
             }
 
-            cpu->InstructionCount += (ulong)(insn - block->First) + 1;
+            if (status == Status.Next)
+            {
+                Insn* start = insn;
+                while ((status = insn->Handler(cpu, insn)) == Status.Next)
+                {
+                    insn++;
+                }
+
+                cpu->InstructionCount += (ulong)(insn - start) + 1;
+            }
+
             if (status > Status.Jump)
             {
                 _last = insn;
@@ -363,7 +385,7 @@ public sealed unsafe partial class SoftVcpu
                 return Status.Look;
             }
 
-            if (status <= Status.NotTaken)
+            if (_exit < 0 && status <= Status.NotTaken)
             {
                 Block* linked = (&block->Link0)[(int)status];
                 if (linked != null && linked->Generation == *linked->PageGeneration)
@@ -392,7 +414,11 @@ public sealed unsafe partial class SoftVcpu
                 }
             }
 
-            if (status <= Status.NotTaken && CanLink(cpu, block, next, linear))
+            if (_exit >= 0)
+            {
+                Connect(cpu, next);
+            }
+            else if (status <= Status.NotTaken && CanLink(cpu, block, next, linear))
             {
                 (&block->Link0)[(int)status] = next;
             }

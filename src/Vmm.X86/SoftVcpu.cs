@@ -26,17 +26,20 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         Index = index;
         _interrupts = interrupts;
         _handle = GCHandle.Alloc(this);
-        _cpu = Allocate<CpuContext>(1, 4096);
+        _cpu = (CpuContext*)Allocate<byte>(CpuContext.TotalBytes, 4096);
+        _cpu->Self = _cpu;
         _cpu->OwnerHandle = GCHandle.ToIntPtr(_handle);
         _cpu->Shared = vm.Shared;
         VectorUnit.Initialise(_cpu);
-        _cpu->Tlbs = Allocate<TlbEntry>(TlbEntry.Count * TlbEntry.Tables, 4096);
+        _cpu->Tlbs = (TlbEntry*)((byte*)_cpu + CpuContext.TlbOffset);
+        _cpu->Blocks.BranchTags = (ulong*)((byte*)_cpu + CpuContext.BranchTagsOffset);
         _cpu->PcidAsids = Allocate<ushort>(Asids.Pcids, 64);
         _cpu->Blocks.Jumps = Allocate<JumpEntry>(BlockCache.Rows * BlockCache.RowEntries, 64);
         _cpu->Blocks.Hash = (Block**)Allocate<nint>(BlockCache.Buckets, 64);
         _cpu->Blocks.Arena = (byte*)NativeMemory.AlignedAlloc((nuint)BlockCache.ArenaBytes, 64);
         _cpu->Safe = 1;
         SetCpuid(CpuidTable.Build(vm.Thunks is not null).ToArray());
+        OpenTranslator();
         PowerOn();
     }
 
@@ -102,7 +105,7 @@ public sealed unsafe partial class SoftVcpu : IVcpu
             return;
         }
 
-        NativeMemory.AlignedFree(_cpu->Tlbs);
+        CloseTranslator();
         NativeMemory.AlignedFree(_cpu->PcidAsids);
         NativeMemory.AlignedFree(_cpu->Blocks.Jumps);
         NativeMemory.AlignedFree(_cpu->Blocks.Hash);

@@ -51,6 +51,9 @@ public sealed unsafe class SoftVm : IVm
 
     internal long TscKhz { get; }
 
+    /// <summary>vCPUs made from now on translate hot code.</summary>
+    internal bool Translate { get; init; }
+
     internal VmShared* Shared { get; private set; }
 
     /// <summary>All vCPUs; replaced as a whole.</summary>
@@ -145,7 +148,7 @@ public sealed unsafe class SoftVm : IVm
                     int length = (int)Math.Min(end - first, 4096 - (offset & 0xFFF));
                     byte* host = (byte*)slot.HostAddress + offset;
                     CodePages.Invalidate(
-                        CodePages.Info(Shared, host), host, (byte*)slot.PageFlags + (offset >> 12), length);
+                        Shared, CodePages.Info(Shared, host), host, (byte*)slot.PageFlags + (offset >> 12), length);
                     first += (uint)length;
                 }
             }
@@ -162,6 +165,11 @@ public sealed unsafe class SoftVm : IVm
             var vcpu = new SoftVcpu(this, index, interrupts);
             _vcpus.Add(vcpu);
             Vcpus = _vcpus.ToArray();
+            if (_vcpus.Count <= VmShared.MaxVcpus)
+            {
+                Shared->Contexts[_vcpus.Count - 1] = (ulong)vcpu.Context;
+            }
+
             Shared->Vcpus = _vcpus.Count;
             return vcpu;
         }

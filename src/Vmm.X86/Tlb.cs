@@ -43,6 +43,7 @@ internal unsafe struct TlbEntry
 {
     public const int Count = 1024;
     public const int Tables = 4;
+    public const int SizeBytes = 32;
 
     public ulong ReadTag;
     public ulong WriteTag;
@@ -104,6 +105,24 @@ internal unsafe struct VmShared
 
     /// <summary>Wide.Routine in executable memory.</summary>
     public nint CompareExchange16;
+
+    /// <summary>Invalidations of code so far: the next slot of <see cref="CodeWriteRing"/>.</summary>
+    public long CodeWrites;
+
+    /// <summary>1 while somebody appends to <see cref="CodeWriteRing"/>.</summary>
+    public int CodeWriteGate;
+
+    /// <summary>Indices into <see cref="Code"/> of what was invalidated last.</summary>
+    public fixed int CodeWriteRing[RingEntries];
+
+    /// <summary>Contexts of all vCPUs, so that they can be asked to look.</summary>
+    public fixed ulong Contexts[MaxVcpus];
+
+    /// <summary>Entries of <see cref="CodeWriteRing"/>.</summary>
+    public const int RingEntries = 256;
+
+    /// <summary>Entries of <see cref="Contexts"/>.</summary>
+    public const int MaxVcpus = 64;
 
     /// <summary>Counts decodings on behalf of cross-modification checks (BlockCache.cs).</summary>
     public long Epoch;

@@ -120,7 +120,10 @@ internal sealed unsafe class TestVm : IDisposable
     private readonly byte* _memory;
     private readonly byte* _flags;
 
-    public TestVm(ulong bytes = 4 << 20, int vcpus = 1)
+    /// <param name="bytes">RAM.</param>
+    /// <param name="vcpus">How many.</param>
+    /// <param name="translateAfter">Executions of a block before it is translated; 0 for never.</param>
+    public TestVm(ulong bytes = 4 << 20, int vcpus = 1, int translateAfter = 1)
     {
         _block = (byte*)NativeMemory.AlignedAlloc((nuint)bytes + (2 * MarginBytes), 4096);
         new Span<byte>(_block, (int)bytes + (2 * MarginBytes)).Fill(Poison);
@@ -128,7 +131,7 @@ internal sealed unsafe class TestVm : IDisposable
         NativeMemory.Clear(_memory, (nuint)bytes);
         _flags = (byte*)NativeMemory.AllocZeroed((nuint)(bytes >> 12) + 8);
         Bytes = bytes;
-        var hypervisor = new SoftHypervisor(TestCode.Create());
+        var hypervisor = new SoftHypervisor(TestCode.Create()) { Translate = translateAfter != 0 };
         Vm = (SoftVm)hypervisor.CreateVm(new VmOptions { Ports = Ports, Mmio = Mmio, Clock = Clock });
         Vm.SetMemorySlot(0, new MemorySlot(0, bytes, (nint)_memory, false, true, (nint)_flags));
         for (int i = 0; i < vcpus; i++)
@@ -136,6 +139,7 @@ internal sealed unsafe class TestVm : IDisposable
             var port = new FakePort();
             var vcpu = (SoftVcpu)Vm.CreateVcpu(i, port);
             vcpu.SetCpuid([.. hypervisor.SupportedCpuid]);
+            vcpu.TranslateAfter = translateAfter;
             AllPorts.Add(port);
             Vcpus.Add(vcpu);
         }

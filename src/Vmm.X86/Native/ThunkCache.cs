@@ -138,6 +138,8 @@ internal sealed unsafe class ThunkCache : IDisposable
     private readonly List<nint> _chunks = [];
     private readonly InstructionInfoFactory _info = new();
     private readonly CodeBuffer _buffer = new();
+    private readonly Stack<nint> _freeArenas = new();
+    private int _arenas;
     private int _used;
     private int _entriesLeft;
     private Thunk* _nextEntry;
@@ -161,7 +163,7 @@ internal sealed unsafe class ThunkCache : IDisposable
         lock (_gate)
         {
             int length = (bytes.Length + 15) & ~15;
-            if (length > _code.LengthBytes - _used)
+            if (length > ThunkLimit - _used)
             {
                 return 0;
             }
@@ -172,6 +174,44 @@ internal sealed unsafe class ThunkCache : IDisposable
             return entry;
         }
     }
+
+    /// <summary>
+    /// A piece of code memory for one vCPU's translated blocks, or false when all are taken. Thunks keep the front.
+    /// </summary>
+    public bool TryTakeArena(out byte* write, out long executeDelta)
+    {
+        lock (_gate)
+        {
+            write = null;
+            executeDelta = _code.ExecuteAddress - _code.WriteAddress;
+            if (_freeArenas.Count != 0)
+            {
+                write = (byte*)_freeArenas.Pop();
+                return true;
+            }
+
+            long start = SoftHypervisor.ThunkBytes + ((long)_arenas * SoftHypervisor.ArenaBytes);
+            if (start + SoftHypervisor.ArenaBytes > _code.LengthBytes)
+            {
+                return false;
+            }
+
+            _arenas++;
+            write = (byte*)_code.WriteAddress + start;
+            return true;
+        }
+    }
+
+    /// <summary>Gives an arena back.</summary>
+    public void ReturnArena(byte* write)
+    {
+        lock (_gate)
+        {
+            _freeArenas.Push((nint)write);
+        }
+    }
+
+    private int ThunkLimit => Math.Min(_code.LengthBytes, SoftHypervisor.ThunkBytes);
 
     /// <summary>Finds or makes the thunk for a decoded instruction.</summary>
     /// <returns>Null when code memory is exhausted or the form cannot be encoded.</returns>
@@ -269,7 +309,7 @@ internal sealed unsafe class ThunkCache : IDisposable
         }
 
         _buffer.Align();
-        if (_buffer.HasFailed || _buffer.Length > _code.LengthBytes - _used)
+        if (_buffer.HasFailed || _buffer.Length > ThunkLimit - _used)
         {
             return null;
         }

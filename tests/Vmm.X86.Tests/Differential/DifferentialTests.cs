@@ -22,14 +22,15 @@ public sealed class DifferentialTests
     public DifferentialTests(ITestOutputHelper output) => _output = output;
 
     [Theory]
-    [InlineData(false)]
-    [InlineData(true)]
-    public void SoftwareProcessor_OnRandomPrograms_DoesWhatTheHostDoes(bool is32Bit)
+    [InlineData(false, false)]
+    [InlineData(false, true)]
+    [InlineData(true, false)]
+    public void SoftwareProcessor_OnRandomPrograms_DoesWhatTheHostDoes(bool is32Bit, bool translate)
     {
         long executions = Number("FUZZ_CPU_EXECUTIONS", 150_000);
         int seed = (int)Number("FUZZ_CPU_SEED", 1);
         string? only = Environment.GetEnvironmentVariable("FUZZ_CPU_ONLY");
-        using var fuzzer = new DifferentialFuzzer(is32Bit)
+        using var fuzzer = new DifferentialFuzzer(is32Bit, translate)
         {
             Filter = only is null
                 ? null

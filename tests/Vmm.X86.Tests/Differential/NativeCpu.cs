@@ -103,9 +103,6 @@ internal sealed unsafe partial class NativeCpu : IDisposable
         {
             throw new InvalidOperationException("the harness's own code overlaps its data");
         }
-
-        // GS is free on Linux; the guest gets the same base. FS belongs to the C library.
-        _ = ArchPrctl(0x1001, GsBase);
     }
 
     /// <summary>Where a 64-bit program goes when it is done.</summary>
@@ -144,6 +141,10 @@ internal sealed unsafe partial class NativeCpu : IDisposable
         Output->ErrorCode = 0;
         Output->Cr2 = 0;
         *(ulong*)RecordAt = 0;
+
+        // GS is free on Linux; the guest gets the same base, and the software processor uses it, too. FS belongs to the C
+        // library.
+        _ = ArchPrctl(0x1001, GsBase);
         if (is32Bit)
         {
             _enter32();

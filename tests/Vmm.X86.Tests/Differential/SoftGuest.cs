@@ -43,11 +43,11 @@ internal sealed unsafe class SoftGuest : IDisposable
     private readonly byte* _ram;
     private VcpuExit _exit;
 
-    public SoftGuest(ulong exit64, ulong exit32)
+    public SoftGuest(ulong exit64, ulong exit32, bool translate)
     {
         _codeMemory = CodeMemory.TryCreate(SoftHypervisor.CodeMemoryBytes, out string? reason)
             ?? throw new InvalidOperationException(reason);
-        _hypervisor = new SoftHypervisor(_codeMemory);
+        _hypervisor = new SoftHypervisor(_codeMemory) { Translate = translate };
         _ram = (byte*)NativeMemory.AlignedAlloc((nuint)RamBytes, 4096);
         NativeMemory.Clear(_ram, (nuint)RamBytes);
         _vm = _hypervisor.CreateVm(new VmOptions
@@ -58,6 +58,7 @@ internal sealed unsafe class SoftGuest : IDisposable
         });
         _vm.SetMemorySlot(0, new MemorySlot(0, RamBytes, (nint)_ram, false, false, 0));
         _vcpu = (SoftVcpu)_vm.CreateVcpu(0, new QuietInterruptPort());
+        _vcpu.TranslateAfter = 1;
         BuildTables(exit64);
         BuildKernel();
         WriteExit(exit64);
@@ -70,6 +71,9 @@ internal sealed unsafe class SoftGuest : IDisposable
             throw new InvalidOperationException($"the guest's supervisor did not start: {_exit.Detail}");
         }
     }
+
+    /// <summary>What the processor said when it failed.</summary>
+    public string? Detail => _exit.Detail;
 
     /// <summary>The guest's copy of the arena.</summary>
     public Span<byte> Data => new(_ram + DataAt, (int)NativeCpu.DataBytes);

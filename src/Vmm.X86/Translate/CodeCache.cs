@@ -1,0 +1,193 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Runtime.InteropServices;
+
+namespace Vmm.X86;
+
+// The translated code of one vCPU: an arena of code memory (written through one alias, run through another), the stubs
+// at its start, the exit records, and the index from host pages to the blocks that lie in them.
+//
+// Life of code. Blocks are appended; when the arena is full everything is forgotten, together with the decoded blocks
+// that point into it (BlockCache.Clear). Only the vCPU's own thread writes code, and only while it is not inside it, so
+// that no other thread ever executes bytes that change; a processor sees its own stores to code through any alias before
+// the next branch to them, because such hits are detected by physical address.
+//
+// Cutting. When the bytes of a page with code change, both entries of each of its blocks are overwritten by a jump to
+// an exit of the block's own address. Jumps into the block and entries of the indirect-branch cache need not be found:
+// they land there and ask the dispatcher, which then lets the dead entry forward to its successor.
+//
+// Exit records say where generated code wanted to go: an offset from CodeBase, and the place of the jump that the
+// dispatcher may let point to the target once it is translated.
+
+/// <summary>What leaves a block.</summary>
+internal enum ExitKindOfCode
+{
+    /// <summary>A direct branch in the page: Site is patched to the target.</summary>
+    Direct,
+
+    /// <summary>An entry of a dead block: forwards to its successor.</summary>
+    Stale,
+
+    /// <summary>A computed or cross-page target in Rip that the indirect-branch cache did not have.</summary>
+    Indirect,
+
+    /// <summary>A request was seen: Rip is the offset, nothing to patch.</summary>
+    Poll,
+}
+
+/// <summary>One way out of a block.</summary>
+internal unsafe struct ExitRecord
+{
+    /// <summary>
+    /// Behind the rel32 of the jump to patch (writable alias), or null. Of a block's own exit: the two pieces of code
+    /// that its dead entries jump to.
+    /// </summary>
+    public byte* Site;
+
+    /// <summary>The block left.</summary>
+    public Block* Source;
+
+    /// <summary>Where to go, from CodeBase; for computed targets the offset of the branch's record in the arena.</summary>
+    public int Offset;
+
+    /// <summary>What to add to RSP to undo the branch when its target turns out not to be canonical.</summary>
+    public short UndoRsp;
+
+    /// <summary><see cref="ExitKindOfCode"/>.</summary>
+    public byte Kind;
+
+    /// <summary>1 when the host's flags are the guest's at the site.</summary>
+    public byte HostFlags;
+}
+
+/// <summary>Code memory, stubs, exits and page index of one vCPU.</summary>
+internal sealed unsafe class CodeCache : IDisposable
+{
+    /// <summary>No block takes more than this.</summary>
+    public const int BlockBytes = 32 << 10;
+
+    /// <summary>Length of each of the two exits of a dead block.</summary>
+    public const int StaleBytes = 11;
+
+    private const int MaxExits = 1 << 19;
+    private readonly ThunkCache _owner;
+    private readonly byte* _write;
+    private readonly Block** _pages;
+    private readonly int _firstBlock;
+    private int _used;
+    private int _exits;
+
+    private CodeCache(ThunkCache owner, byte* write, long executeDelta)
+    {
+        _owner = owner;
+        _write = write;
+        ExecuteDelta = executeDelta;
+        Exits = (ExitRecord*)NativeMemory.Alloc(MaxExits, (nuint)sizeof(ExitRecord));
+        _pages = (Block**)NativeMemory.AllocZeroed(VmShared.CodeEntries, (nuint)sizeof(Block*));
+        var emitter = new Emitter(write);
+        Stubs = new CodeStubs(ref emitter, executeDelta);
+        _firstBlock = (int)(emitter.At - write + 63) & ~63;
+        _used = _firstBlock;
+    }
+
+    /// <summary>Executable address minus writable address.</summary>
+    public long ExecuteDelta { get; }
+
+    /// <summary>The routines that all blocks use.</summary>
+    public CodeStubs Stubs { get; }
+
+    /// <summary>Exit records.</summary>
+    public ExitRecord* Exits { get; }
+
+    /// <summary>Bytes of code written since the last reset.</summary>
+    public int UsedBytes => _used;
+
+    /// <summary>The count of BlockCache.Clears that the code belongs to.</summary>
+    public long Clears { get; private set; }
+
+    /// <summary>Where the next block goes, or null when the arena or the exits are used up.</summary>
+    public byte* Next => SoftHypervisor.ArenaBytes - _used < BlockBytes || MaxExits - _exits < 256
+        ? null
+        : _write + _used;
+
+    /// <summary>Makes one; null when no arena is left.</summary>
+    public static CodeCache? TryCreate(ThunkCache thunks) =>
+        thunks.TryTakeArena(out byte* write, out long delta) ? new CodeCache(thunks, write, delta) : null;
+
+    /// <summary>Forgets all code.</summary>
+    public void Reset(long clears)
+    {
+        Clears = clears;
+        _used = _firstBlock;
+        _exits = 0;
+        NativeMemory.Clear(_pages, (nuint)(VmShared.CodeEntries * sizeof(Block*)));
+    }
+
+    /// <summary>Reserves an exit record.</summary>
+    public int AddExit(ExitKindOfCode kind, Block* source, int offset, byte* site, bool hostFlags, short undoRsp = 0)
+    {
+        Exits[_exits] = new ExitRecord
+        {
+            Kind = (byte)kind,
+            Source = source,
+            Offset = offset,
+            Site = site,
+            HostFlags = hostFlags ? (byte)1 : (byte)0,
+            UndoRsp = undoRsp,
+        };
+        return _exits++;
+    }
+
+    /// <summary>Accepts what was written at <see cref="Next"/>.</summary>
+    public void Publish(CpuContext* cpu, Block* block, byte* end)
+    {
+        _used = (int)(end - _write + 15) & ~15;
+        ref Block* head = ref _pages[PageIndex(cpu, block)];
+        block->NextNative = head;
+        head = block;
+    }
+
+    /// <summary>Cuts off the blocks of a page (a CodeInfo's index) that are older than its generation.</summary>
+    public void Cut(int index)
+    {
+        Block** at = &_pages[index];
+        while (*at != null)
+        {
+            Block* block = *at;
+            if (block->Generation == *block->PageGeneration)
+            {
+                at = &block->NextNative;
+                continue;
+            }
+
+            *at = block->NextNative;
+            byte* stale = Exits[block->SelfExit].Site;
+            PatchEntry(block->EntryHostFlags, stale);
+            PatchEntry(block->EntryFlagImage, stale + StaleBytes);
+            block->EntryHostFlags = null;
+            block->EntryFlagImage = null;
+        }
+    }
+
+    /// <inheritdoc/>
+    public void Dispose()
+    {
+        NativeMemory.Free(Exits);
+        NativeMemory.Free(_pages);
+        _owner.ReturnArena(_write);
+    }
+
+    private static int PageIndex(CpuContext* cpu, Block* block)
+    {
+        var info = (CodeInfo*)((byte*)block->PageGeneration - (nint)sizeof(long));
+        return (int)(info - cpu->Shared->Code);
+    }
+
+    // SAFETY: an entry is followed by at least five bytes of its own block (Translator.Entries pads), and the thread that
+    // executes this code is here and not there.
+    private void PatchEntry(byte* entry, byte* target)
+    {
+        var emitter = new Emitter(entry - ExecuteDelta);
+        emitter.Jump(target);
+    }
+}

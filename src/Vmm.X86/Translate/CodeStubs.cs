@@ -1,0 +1,273 @@
+// SPDX-License-Identifier: BSD-2-Clause
+namespace Vmm.X86;
+
+// Routines at the start of a code arena.
+//
+// Registers inside translated code: guest RAX to R12 live in the host's registers of the same number, except RSP, which
+// lives in R13; guest R13 to R15 stay in the context. R14 and R15 are scratch. GS points to the context. The host's RSP
+// is the thread's real stack, 16-byte aligned, so that signal handlers and helpers find one.
+//
+//     Enter            ulong enter(CpuContext* cpu, byte* entry): loads registers, jumps; answers an ExitCode
+//     Handler          called with T0 = a record, T1 = its block (both as arena offsets): executes the record through
+//                      the interpreter's handler; comes back, with the host's flags loaded, when that answered Next
+//     ExitHostFlags    T0 = exit record: saves the host's flags, then like
+//     ExitFlagImage    T0 = exit record: leaves to the dispatcher
+//     Interpret        T0 = a record, T1 = its block: leaves, and the interpreter goes on there
+//     LoadVectors      called: loads the guest's vector registers and MXCSR; CF set when it must not (T0 is lost)
+//
+// Helpers run in the managed world with everything in the context: they may read and change all of it.
+
+/// <summary>Why generated code came back.</summary>
+internal static class ExitCode
+{
+    /// <summary>ExitInfo is an exit record.</summary>
+    public const int Exit = 0;
+
+    /// <summary>A handler answered something else than Next: low byte of ExitInfo is its status.</summary>
+    public const int Status = 1;
+
+    /// <summary>ExitInfo: record (low half) and block (high half) where the interpreter must go on.</summary>
+    public const int Interpret = 2;
+}
+
+/// <summary>Addresses of the stubs, in the writable alias (jumps are relative, so the alias does not matter).</summary>
+internal sealed unsafe class CodeStubs
+{
+    public CodeStubs(ref Emitter e, long executeDelta)
+    {
+        byte* setGs = Align(ref e);
+        EmitSetGs(ref e);
+        byte* saveVectors = Align(ref e);
+        EmitVectors(ref e, store: true);
+        byte* loadVectors = Align(ref e);
+        EmitVectors(ref e, store: false);
+        LoadVectors = Align(ref e);
+        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.VectorsReady), 1);
+        byte* refuse = e.JumpIf(HostCondition.Below);
+        e.Jump(loadVectors);
+        e.Land(refuse);
+        e.Return();
+
+        byte* enter = Align(ref e);
+        EmitEnter(ref e);
+        ExitHostFlags = Align(ref e);
+        SaveFlags(ref e, Host.T1);
+        ExitFlagImage = e.At;
+        e.Store(HostMemory.Context(Offsets.ExitInfo), Host.T0);
+        EmitLeave(ref e, saveVectors, ExitCode.Exit);
+        Interpret = Align(ref e);
+        e.Shift(4, Host.T1, 32);
+        e.Alu(AluOp.Or, Host.T0, Host.T1);
+        e.Store(HostMemory.Context(Offsets.ExitInfo), Host.T0);
+        EmitLeave(ref e, saveVectors, ExitCode.Interpret);
+        Handler = Align(ref e);
+        EmitHandler(ref e, saveVectors, loadVectors);
+        Enter = (delegate* unmanaged<CpuContext*, byte*, ulong>)(enter + executeDelta);
+        SetGs = (delegate* unmanaged<CpuContext*, long>)(setGs + executeDelta);
+    }
+
+    /// <summary>Runs generated code. Plain transition: the thread must be in preemptive mode meanwhile.</summary>
+    public delegate* unmanaged<CpuContext*, byte*, ulong> Enter { get; }
+
+    /// <summary>Points this thread's GS to a context; 0 or an error number.</summary>
+    public delegate* unmanaged<CpuContext*, long> SetGs { get; }
+
+    public byte* Handler { get; }
+
+    public byte* ExitHostFlags { get; }
+
+    public byte* ExitFlagImage { get; }
+
+    public byte* Interpret { get; }
+
+    public byte* LoadVectors { get; }
+
+    /// <summary>FlagImage = the host's flags. Leaves the host's flags undefined.</summary>
+    public static void SaveFlags(ref Emitter e, int scratch)
+    {
+        e.Move(scratch, Host.Rax);
+        e.Lahf();
+        e.SetOverflowAl();
+        e.StoreWord(HostMemory.Context(Offsets.FlagImage), Host.Rax);
+        e.Move(Host.Rax, scratch);
+    }
+
+    /// <summary>The host's flags = FlagImage.</summary>
+    public static void LoadFlags(ref Emitter e, int scratch)
+    {
+        e.Move(scratch, Host.Rax);
+        e.LoadWord(Host.Rax, HostMemory.Context(Offsets.FlagImage));
+        e.AddAl(0x7F);
+        e.Sahf();
+        e.Move(Host.Rax, scratch);
+    }
+
+    private static byte* Align(ref Emitter e)
+    {
+        while (((ulong)e.At & 15) != 0)
+        {
+            e.Byte(0xCC);
+        }
+
+        return e.At;
+    }
+
+    // arch_prctl(ARCH_SET_GS, cpu): the base is the thread's own and survives context switches and signals.
+    private static void EmitSetGs(ref Emitter e)
+    {
+        e.Move(Host.Rsi, Host.Rdi);
+        e.MoveImmediate(Host.Rdi, 0x1001);
+        e.MoveImmediate(Host.Rax, 158);
+        e.Byte(0x0F);
+        e.Byte(0x05);
+        e.Return();
+    }
+
+    private static void EmitRegisters(ref Emitter e, bool store)
+    {
+        for (int register = 0; register <= 12; register++)
+        {
+            int host = register == Host.Rsp ? Host.GuestRsp : register;
+            if (store)
+            {
+                e.Store(HostMemory.Context(8 * register), host);
+            }
+            else
+            {
+                e.Load(host, HostMemory.Context(8 * register));
+            }
+        }
+    }
+
+    // XMM0 to XMM15 and MXCSR, and the upper halves when VectorsReady says 2.
+    private static void EmitVectors(ref Emitter e, bool store)
+    {
+        e.Mxcsr(store ? 3 : 2, HostMemory.Context(Offsets.Mxcsr));
+        if (store)
+        {
+            e.Mxcsr(2, HostMemory.Context(Offsets.HostMxcsr));
+        }
+        else
+        {
+            e.Load32(Host.T0, HostMemory.Context(Offsets.VectorsReady));
+            e.Store32(HostMemory.Context(Offsets.VectorsLoaded), Host.T0);
+        }
+
+        for (int i = 0; i < 16; i++)
+        {
+            e.MoveVector(i, HostMemory.Context(Offsets.Xmm + (16 * i)), store);
+        }
+
+        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.VectorsLoaded), 2);
+        byte* narrow = e.JumpIf(HostCondition.Below);
+        for (int i = 0; i < 16; i++)
+        {
+            e.MoveUpper(i, HostMemory.Context(Offsets.YmmHigh + (16 * i)), store);
+        }
+
+        if (store)
+        {
+            // VZEROUPPER: what runs next must not pay for dirty upper halves.
+            e.Byte(0xC5);
+            e.Byte(0xF8);
+            e.Byte(0x77);
+        }
+
+        e.Land(narrow);
+        if (!store)
+        {
+            // CF clear: they are loaded.
+            e.Alu32(AluOp.Xor, Host.T0, Host.T0);
+        }
+
+        e.Return();
+    }
+
+    private static void EmitEnter(ref Emitter e)
+    {
+        e.Push(Host.Rbx);
+        e.Push(Host.Rbp);
+        e.Push(Host.R12);
+        e.Push(Host.R13);
+        e.Push(Host.R14);
+        e.Push(Host.R15);
+        e.AluImmediate(AluOp.Sub, Host.Rsp, 8);
+        e.Move(Host.T0, Host.Rsi);
+        EmitRegisters(ref e, store: false);
+        e.JumpRegister(Host.T0);
+    }
+
+    private static void EmitReturn(ref Emitter e, int code)
+    {
+        e.StoreImmediate32(HostMemory.Context(Offsets.VectorsLoaded), 0);
+        e.MoveImmediate(Host.Rax, (uint)code);
+        e.AluImmediate(AluOp.Add, Host.Rsp, 8);
+        e.Pop(Host.R15);
+        e.Pop(Host.R14);
+        e.Pop(Host.R13);
+        e.Pop(Host.R12);
+        e.Pop(Host.Rbp);
+        e.Pop(Host.Rbx);
+        e.Return();
+    }
+
+    private static void EmitLeave(ref Emitter e, byte* saveVectors, int code)
+    {
+        EmitRegisters(ref e, store: true);
+        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.VectorsLoaded), 0);
+        byte* none = e.JumpIf(HostCondition.Equal);
+        e.Call(saveVectors);
+        e.Land(none);
+        EmitReturn(ref e, code);
+    }
+
+    private static void EmitHandler(ref Emitter e, byte* saveVectors, byte* loadVectors)
+    {
+        // The caller's CALL has misaligned the stack by 8.
+        e.AluImmediate(AluOp.Sub, Host.Rsp, 8);
+        EmitRegisters(ref e, store: true);
+        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.VectorsLoaded), 0);
+        byte* none = e.JumpIf(HostCondition.Equal);
+        e.Call(saveVectors);
+        e.Land(none);
+        e.Load(Host.Rdi, HostMemory.Context(Offsets.Self));
+        e.Move(Host.Rsi, Host.T0);
+        e.Move(Host.Rdx, Host.T1);
+        e.CallMemory(HostMemory.Context(Offsets.Helper));
+        e.Test32(Host.Rax, Host.Rax);
+        byte* leaves = e.JumpIf(HostCondition.NotEqual);
+        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.VectorsLoaded), 0);
+        none = e.JumpIf(HostCondition.Equal);
+        e.Call(loadVectors);
+        e.Land(none);
+        e.Load32(Host.Rax, HostMemory.Context(Offsets.FlagImage));
+        e.AddAl(0x7F);
+        e.Sahf();
+        EmitRegisters(ref e, store: false);
+        e.Lea(Host.Rsp, new HostMemory(Host.Rsp, 8));
+        e.Return();
+        e.Land(leaves);
+        e.AluImmediate(AluOp.Add, Host.Rsp, 16);
+        EmitReturn(ref e, ExitCode.Status);
+    }
+}
+
+/// <summary>Offsets in the context that generated code uses.</summary>
+internal static class Offsets
+{
+    public const int Request = 0xB8;
+    public const int Rip = 0x80;
+    public const int RflagsSystem = 0xB0;
+    public const int TlbAsid = 0xC8;
+    public const int CodeBase = 0x3B0;
+    public const int FlagImage = 0x3B8;
+    public const int VectorsLoaded = 0x3C0;
+    public const int VectorsReady = 0x3C4;
+    public const int ExitInfo = 0x3C8;
+    public const int Self = 0x3D0;
+    public const int Helper = 0x3D8;
+    public const int Mxcsr = CpuContext.XsaveOffset + XsaveLayout.Mxcsr;
+    public const int Xmm = CpuContext.XsaveOffset + XsaveLayout.Xmm;
+    public const int YmmHigh = CpuContext.XsaveOffset + XsaveLayout.YmmHigh;
+    public const int HostMxcsr = VectorScratch.Offset + 0x8C;
+}

@@ -1,0 +1,277 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Runtime.ExceptionServices;
+using System.Runtime.InteropServices;
+using System.Threading;
+
+namespace Vmm.X86;
+
+// The dispatcher's side of translated code: when a block is hot it is translated; entering it, connecting its exits,
+// cutting it off. Generated code is entered by a plain unmanaged call: the thread is in preemptive mode, so a garbage
+// collection never waits for guest code. Helpers are UnmanagedCallersOnly and let nothing escape.
+public sealed unsafe partial class SoftVcpu
+{
+    private CodeCache? _code;
+    private Translator? _translator;
+    private TraitsTable? _traits;
+    private ExceptionDispatchInfo? _failure;
+    private int _exit = -1;
+
+    /// <summary>Executions by the interpreter before a block is translated; 1 translates at once.</summary>
+    internal int TranslateAfter { get; set; } = 6;
+
+    /// <summary>Null when everything is interpreted.</summary>
+    internal Translator? Translator => _translator;
+
+    private void OpenTranslator()
+    {
+        if (!Vm.Translate || Vm.Thunks is null || !OperatingSystem.IsLinux())
+        {
+            return;
+        }
+
+        _code = CodeCache.TryCreate(Vm.Thunks);
+        if (_code is not null)
+        {
+            _traits = new TraitsTable(this);
+            _translator = new Translator(_code, _traits);
+            _cpu->Helper = (nint)(delegate* unmanaged<CpuContext*, ulong, ulong, ulong>)&ExecuteRecord;
+        }
+    }
+
+    private void CloseTranslator() => _code?.Dispose();
+
+    // GS belongs to the thread: Run may be called on any.
+    private void EnterThread(CpuContext* cpu)
+    {
+        if (_code is not null && _code.Stubs.SetGs(cpu) != 0)
+        {
+            // A host without this service: everything is interpreted.
+            _translator = null;
+        }
+    }
+
+    // Counts an execution by the interpreter; true when the block has generated code now.
+    private bool Heat(CpuContext* cpu, Block* block)
+    {
+        if (_translator is null || ++block->Hits < TranslateAfter)
+        {
+            return false;
+        }
+
+        block->Hits = 0;
+        if ((block->Key & (BlockKey.SizeMask | BlockKey.Single)) != 2 || block->Crosses != 0 ||
+            block->PageGeneration == null || block->Generation < 0 ||
+            block->Generation != *block->PageGeneration || (cpu->Cr4 & Cr4.La57) != 0)
+        {
+            return false;
+        }
+
+        if (_code!.Clears != cpu->Blocks.Clears)
+        {
+            _code.Reset(cpu->Blocks.Clears);
+        }
+
+        if (!_translator.Translate(cpu, block))
+        {
+            // Full: start again from nothing.
+            cpu->BlocksStale = 1;
+            Interlocked.Or(ref cpu->Request, RequestBits.Look);
+            return false;
+        }
+
+        return true;
+    }
+
+    // Runs generated code from a block on. Next: the interpreter goes on at insn of the current block.
+    private Status RunTranslated(CpuContext* cpu, Block* block, Insn** insn)
+    {
+        cpu->CodeBase = cpu->Rip & ~Mem.PageOffset;
+        Prepare(cpu);
+        ulong flags = Flags.GetArithmetic(cpu);
+        cpu->FlagImage = ((flags & 0xD5) << 8) | (flags >> 11);
+        ulong code = _code!.Stubs.Enter(cpu, block->EntryFlagImage);
+        _exit = -1;
+        if (code == ExitCode.Status)
+        {
+            if (_failure is not null)
+            {
+                ExceptionDispatchInfo failure = _failure;
+                _failure = null;
+                failure.Throw();
+            }
+
+            *insn = (Insn*)(cpu->Blocks.Arena + (cpu->ExitInfo >> 8));
+            cpu->InstructionCount++;
+            return (Status)(cpu->ExitInfo & 0xFF);
+        }
+
+        SetFlags(cpu);
+        if (code == ExitCode.Interpret)
+        {
+            *insn = (Insn*)(cpu->Blocks.Arena + (uint)cpu->ExitInfo);
+            cpu->CurrentBlock = (Block*)(cpu->Blocks.Arena + (cpu->ExitInfo >> 32));
+            cpu->BlockRip = cpu->CodeBase + (cpu->CurrentBlock->Physical & Mem.PageOffset);
+            cpu->Rip = cpu->BlockRip;
+            return Status.Next;
+        }
+
+        ExitRecord* exit = _code.Exits + cpu->ExitInfo;
+        cpu->CurrentBlock = exit->Source;
+        if (exit->Kind == (byte)ExitKindOfCode.Indirect)
+        {
+            if (exit->Offset >= 0 && !Paging.IsCanonical(cpu, cpu->Rip))
+            {
+                // The branch itself faults.
+                return Refault(cpu, exit, insn);
+            }
+        }
+        else
+        {
+            cpu->Rip = cpu->CodeBase + (ulong)exit->Offset;
+        }
+
+        _exit = (int)cpu->ExitInfo;
+        return Status.Jump;
+    }
+
+    // A computed target that is not canonical: undoes the branch and lets the interpreter raise what it raises.
+    private Status Refault(CpuContext* cpu, ExitRecord* exit, Insn** insn)
+    {
+        cpu->Rsp += (ulong)exit->UndoRsp;
+        *insn = (Insn*)(cpu->Blocks.Arena + exit->Offset);
+        cpu->BlockRip = cpu->CodeBase + (exit->Source->Physical & Mem.PageOffset);
+        cpu->Rip = cpu->BlockRip;
+        return Status.Next;
+    }
+
+    // Lets the exit that was taken last lead to a block directly.
+    private void Connect(CpuContext* cpu, Block* next)
+    {
+        int index = _exit;
+        _exit = -1;
+        if (next->EntryFlagImage == null || next->Crosses != 0 || _code!.Clears != cpu->Blocks.Clears)
+        {
+            return;
+        }
+
+        ExitRecord* exit = _code.Exits + index;
+        switch ((ExitKindOfCode)exit->Kind)
+        {
+            case ExitKindOfCode.Indirect:
+                InsertBranch(cpu, next);
+                break;
+            case ExitKindOfCode.Direct when IsSamePlace(exit, next):
+                byte* target = exit->HostFlags != 0 ? next->EntryHostFlags : next->EntryFlagImage;
+                *(int*)(exit->Site - 4) = (int)(target - _code.ExecuteDelta - exit->Site);
+                break;
+            case ExitKindOfCode.Stale when IsSamePlace(exit, next):
+                var emitter = new Emitter(exit->Site);
+                emitter.Jump(next->EntryHostFlags - _code.ExecuteDelta);
+                emitter.At = exit->Site + CodeCache.StaleBytes;
+                emitter.Jump(next->EntryFlagImage - _code.ExecuteDelta);
+                break;
+            default:
+                break;
+        }
+    }
+
+    private static bool IsSamePlace(ExitRecord* exit, Block* next) =>
+        next->Physical == (exit->Source->Physical & ~Mem.PageOffset) + (ulong)exit->Offset &&
+        next->Key == exit->Source->Key && exit->Offset is >= 0 and <= 4095;
+
+    private static void InsertBranch(CpuContext* cpu, Block* next)
+    {
+        ulong linear = cpu->Rip;
+        ulong index = ((linear >> 12) ^ linear) & (BlockCache.Branches - 1);
+        cpu->Blocks.BranchTags[index] = linear ^ ((ulong)Tag(cpu) << 48);
+        ((byte**)((byte*)cpu + CpuContext.BranchTargetsOffset))[index] = next->EntryFlagImage;
+        int bit = BlockCache.BranchPage(linear);
+        ulong* pages = &cpu->Blocks.BranchPages0;
+        pages[bit >> 6] |= 1UL << (bit & 63);
+    }
+
+    private static ushort Tag(CpuContext* cpu)
+    {
+        uint tag = (uint)cpu->TlbAsid;
+        tag |= (cpu->ModeKey & BlockKey.User) != 0 ? 0x1000U : 0;
+        tag |= (cpu->ModeKey & BlockKey.Ac) != 0 ? 0x2000U : 0;
+        return (ushort)tag;
+    }
+
+    // What generated code takes for granted until a handler runs.
+    private static void Prepare(CpuContext* cpu)
+    {
+        cpu->BranchTag = Tag(cpu);
+        const uint AllMasks = 0x1F80;
+        bool ready = (cpu->Mxcsr & AllMasks) == AllMasks && VectorUnit.SseReady(cpu);
+        cpu->VectorsReady = !ready ? 0 : VectorUnit.AvxReady(cpu) ? 2 : 1;
+    }
+
+    private static void SetFlags(CpuContext* cpu)
+    {
+        ulong image = cpu->FlagImage;
+        Flags.SetArithmetic(cpu, ((image >> 8) & 0xD5) | ((image & 1) << 11));
+    }
+
+    // Code pages were written: cuts off what was translated from them.
+    private void CutOverwrittenCode(CpuContext* cpu)
+    {
+        long seen = cpu->SeenCodeWrites;
+        long now = Volatile.Read(ref cpu->Shared->CodeWrites);
+        cpu->SeenCodeWrites = now;
+        if (_code is null || _code.Clears != cpu->Blocks.Clears)
+        {
+            return;
+        }
+
+        if (now - seen > VmShared.RingEntries / 2)
+        {
+            cpu->BlocksStale = 1;
+            return;
+        }
+
+        for (; seen < now; seen++)
+        {
+            _code.Cut(cpu->Shared->CodeWriteRing[seen & (VmShared.RingEntries - 1)]);
+        }
+    }
+
+    // The function behind CodeStubs.Handler. 0: the instruction is done, go on behind it.
+    [UnmanagedCallersOnly]
+    private static ulong ExecuteRecord(CpuContext* cpu, ulong recordOffset, ulong blockOffset)
+    {
+        var insn = (Insn*)(cpu->Blocks.Arena + recordOffset);
+        var block = (Block*)(cpu->Blocks.Arena + blockOffset);
+        Status status;
+        try
+        {
+            SetFlags(cpu);
+            cpu->CurrentBlock = block;
+            cpu->BlockRip = cpu->CodeBase + (block->Physical & Mem.PageOffset);
+            status = insn->Handler(cpu, insn);
+            if (status == Status.Next)
+            {
+                int loaded = cpu->VectorsLoaded;
+                Prepare(cpu);
+                if (Volatile.Read(ref cpu->Request) == 0 && cpu->ModeKey == block->Key && loaded <= cpu->VectorsReady)
+                {
+                    ulong flags = Flags.GetArithmetic(cpu);
+                    cpu->FlagImage = ((flags & 0xD5) << 8) | (flags >> 11);
+                    return 0;
+                }
+
+                cpu->Rip = Insn.NextAddress(cpu, insn);
+                status = Status.Look;
+            }
+        }
+        catch (Exception error)
+        {
+            From(cpu)._failure = ExceptionDispatchInfo.Capture(error);
+            status = Status.Look;
+        }
+
+        cpu->ExitInfo = (recordOffset << 8) | (uint)status;
+        return 1;
+    }
+}

@@ -1,0 +1,322 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using Iced.Intel;
+
+namespace Vmm.X86;
+
+/// <summary>How the translator treats an instruction.</summary>
+internal enum InsnKind : byte
+{
+    /// <summary>Not looked at yet.</summary>
+    Unknown,
+
+    /// <summary>The interpreter's handler executes it.</summary>
+    Handler,
+
+    /// <summary>The host executes it with other registers and a checked operand.</summary>
+    Pass,
+
+    /// <summary>The same, needs the guest's vector registers.</summary>
+    Vector,
+
+    /// <summary>Nothing to do.</summary>
+    Nop,
+    Lea,
+    Div,
+    Idiv,
+    Push,
+    PushImmediate,
+    Pop,
+    Leave,
+    Jcc,
+    Jmp,
+    JmpIndirect,
+    Call,
+    CallIndirect,
+    Ret,
+}
+
+/// <summary>What the translator knows of an Iced code.</summary>
+internal struct InsnTraits
+{
+    public InsnKind Kind;
+
+    /// <summary>RflagsBits of the six arithmetic flags that are read.</summary>
+    public byte Reads;
+
+    /// <summary>Those that are written, cleared, set or left undefined.</summary>
+    public byte Writes;
+
+    /// <summary>Two bits an operand: 1 read, 2 written.</summary>
+    public ushort Access;
+
+    /// <summary>Bytes of a vector instruction's memory operand, and what it must be aligned to.</summary>
+    public byte MemoryBytes;
+    public byte Alignment;
+
+    /// <summary>VectorsLoaded that it needs.</summary>
+    public byte VectorLevel;
+}
+
+/// <summary>Classifies instructions, once for each Iced code with and without a memory operand.</summary>
+internal sealed unsafe class TraitsTable
+{
+    /// <summary>OF SF ZF AF CF PF in Iced's bits.</summary>
+    public const byte AllFlags = (byte)(RflagsBits.OF | RflagsBits.SF | RflagsBits.ZF | RflagsBits.AF | RflagsBits.CF |
+        RflagsBits.PF);
+
+    private readonly InsnTraits[] _table = new InsnTraits[16384];
+    private readonly InstructionInfoFactory _info = new();
+    private readonly SoftVcpu _vcpu;
+
+    public TraitsTable(SoftVcpu vcpu) => _vcpu = vcpu;
+
+    /// <summary>Forgets everything: CPUID changed.</summary>
+    public void Clear() => Array.Clear(_table);
+
+    /// <summary>Traits of an instruction in 64-bit code.</summary>
+    public InsnTraits Of(in Instruction instruction)
+    {
+        int hasMemory = 0;
+        for (int i = 0; i < instruction.OpCount; i++)
+        {
+            hasMemory |= instruction.GetOpKind(i) == OpKind.Memory ? 1 : 0;
+        }
+
+        ref InsnTraits cached = ref _table[((int)instruction.Code * 2) + hasMemory];
+        if (cached.Kind == InsnKind.Unknown)
+        {
+            cached = Classify(instruction);
+        }
+
+        // Flags depend on the operands: a shift by 0 leaves them.
+        InsnTraits traits = cached;
+        if (traits.Kind != InsnKind.Handler)
+        {
+            traits.Reads = (byte)((byte)instruction.RflagsRead & AllFlags);
+            traits.Writes = (byte)((byte)instruction.RflagsModified & AllFlags);
+        }
+
+        return traits;
+    }
+
+    private InsnTraits Classify(Instruction instruction)
+    {
+        var traits = new InsnTraits { Kind = InsnKind.Handler, Reads = AllFlags };
+        if (!_vcpu.IsOffered(instruction.Code))
+        {
+            return traits;
+        }
+
+        traits.Kind = KindOf(instruction, ref traits);
+        if (traits.Kind == InsnKind.Handler)
+        {
+            return traits;
+        }
+
+        // Iced calls XOR r,r a pure write: ask about two different registers.
+        if (instruction.OpCount > 1 && instruction.Op0Kind == OpKind.Register &&
+            instruction.Op1Kind == OpKind.Register && instruction.Op0Register == instruction.Op1Register)
+        {
+            Register other = instruction.Op0Register;
+            instruction.Op1Register = other.GetNumber() == 0 ? other + 1 : other - 1;
+        }
+
+        if (instruction.OpCount > 2 && instruction.Op1Kind == OpKind.Register &&
+            instruction.Op2Kind == OpKind.Register && instruction.Op1Register == instruction.Op2Register)
+        {
+            Register other = instruction.Op1Register;
+            instruction.Op2Register = other.GetNumber() == 0 ? other + 1 : other - 1;
+        }
+
+        InstructionInfo info = _info.GetInfo(instruction);
+        for (int i = 0; i < instruction.OpCount && i < 5; i++)
+        {
+            int access = info.GetOpAccess(i) switch
+            {
+                OpAccess.Read or OpAccess.CondRead => 1,
+                OpAccess.Write => 2,
+                OpAccess.None or OpAccess.NoMemAccess => 0,
+                _ => 3,
+            };
+            traits.Access |= (ushort)(access << (2 * i));
+        }
+
+        return traits;
+    }
+
+    private InsnKind KindOf(in Instruction instruction, ref InsnTraits traits)
+    {
+        switch (instruction.Code)
+        {
+            case Code.Push_r64:
+            case Code.Push_rm64:
+                return InsnKind.Push;
+            case Code.Pushq_imm32:
+            case Code.Pushq_imm8:
+                return InsnKind.PushImmediate;
+            case Code.Pop_r64:
+                return InsnKind.Pop;
+            case Code.Leaveq:
+                return InsnKind.Leave;
+            case Code.Jmp_rel8_64:
+            case Code.Jmp_rel32_64:
+                return InsnKind.Jmp;
+            case Code.Jmp_rm64:
+                return InsnKind.JmpIndirect;
+            case Code.Call_rel32_64:
+                return InsnKind.Call;
+            case Code.Call_rm64:
+                return InsnKind.CallIndirect;
+            case Code.Retnq:
+            case Code.Retnq_imm16:
+                return InsnKind.Ret;
+            default:
+                break;
+        }
+
+        if (instruction.IsJccShortOrNear)
+        {
+            return instruction.Op0Kind == OpKind.NearBranch64 ? InsnKind.Jcc : InsnKind.Handler;
+        }
+
+        for (int i = 0; i < instruction.OpCount; i++)
+        {
+            OpKind kind = instruction.GetOpKind(i);
+            if (kind is not (OpKind.Register or OpKind.Memory or OpKind.Immediate8 or OpKind.Immediate16
+                or OpKind.Immediate32 or OpKind.Immediate64 or OpKind.Immediate8to16 or OpKind.Immediate8to32
+                or OpKind.Immediate8to64 or OpKind.Immediate32to64))
+            {
+                return InsnKind.Handler;
+            }
+        }
+
+        switch (instruction.Mnemonic)
+        {
+            case Mnemonic.Mov:
+                return IsGeneral(instruction) ? InsnKind.Pass : InsnKind.Handler;
+            case Mnemonic.Lea:
+                return InsnKind.Lea;
+            case Mnemonic.Nop:
+            case Mnemonic.Endbr64:
+            case Mnemonic.Prefetcht0:
+            case Mnemonic.Prefetcht1:
+            case Mnemonic.Prefetcht2:
+            case Mnemonic.Prefetchnta:
+                return InsnKind.Nop;
+            case Mnemonic.Prefetchw:
+                return instruction.Op0Kind == OpKind.Memory ? InsnKind.Nop : InsnKind.Handler;
+            case Mnemonic.Div:
+                return InsnKind.Div;
+            case Mnemonic.Idiv:
+                return InsnKind.Idiv;
+            case Mnemonic.Bt:
+            case Mnemonic.Bts:
+            case Mnemonic.Btr:
+            case Mnemonic.Btc:
+                // A register bit number reaches beyond the operand in memory.
+                return instruction.Op0Kind == OpKind.Memory && instruction.Op1Kind == OpKind.Register
+                    ? InsnKind.Handler
+                    : InsnKind.Pass;
+            case Mnemonic.Add or Mnemonic.Or or Mnemonic.Adc or Mnemonic.Sbb or Mnemonic.And or Mnemonic.Sub
+                or Mnemonic.Xor or Mnemonic.Cmp or Mnemonic.Test or Mnemonic.Inc or Mnemonic.Dec or Mnemonic.Neg
+                or Mnemonic.Not or Mnemonic.Movzx or Mnemonic.Movsx or Mnemonic.Movsxd or Mnemonic.Imul or Mnemonic.Mul
+                or Mnemonic.Shl or Mnemonic.Sal or Mnemonic.Shr or Mnemonic.Sar or Mnemonic.Rol or Mnemonic.Ror
+                or Mnemonic.Rcl or Mnemonic.Rcr or Mnemonic.Shld or Mnemonic.Shrd or Mnemonic.Bsf or Mnemonic.Bsr
+                or Mnemonic.Lzcnt or Mnemonic.Tzcnt or Mnemonic.Popcnt or Mnemonic.Bswap or Mnemonic.Xchg
+                or Mnemonic.Xadd or Mnemonic.Cmpxchg or Mnemonic.Cbw or Mnemonic.Cwde or Mnemonic.Cdqe or Mnemonic.Cwd
+                or Mnemonic.Cdq or Mnemonic.Cqo or Mnemonic.Lahf or Mnemonic.Sahf or Mnemonic.Clc or Mnemonic.Stc
+                or Mnemonic.Cmc or Mnemonic.Movbe or Mnemonic.Andn or Mnemonic.Bextr or Mnemonic.Blsi or Mnemonic.Blsr
+                or Mnemonic.Blsmsk or Mnemonic.Bzhi or Mnemonic.Mulx or Mnemonic.Pdep or Mnemonic.Pext or Mnemonic.Rorx
+                or Mnemonic.Sarx or Mnemonic.Shlx or Mnemonic.Shrx or Mnemonic.Adcx or Mnemonic.Adox or Mnemonic.Crc32
+                or Mnemonic.Movnti or Mnemonic.Lfence or Mnemonic.Sfence or Mnemonic.Mfence:
+                return InsnKind.Pass;
+            default:
+                break;
+        }
+
+        if (instruction.IsJccShortOrNear || instruction.ConditionCode != ConditionCode.None)
+        {
+            string name = instruction.Mnemonic.ToString();
+            return name.StartsWith("Set", StringComparison.Ordinal) || name.StartsWith("Cmov", StringComparison.Ordinal)
+                ? InsnKind.Pass
+                : InsnKind.Handler;
+        }
+
+        return VectorKind(instruction, ref traits);
+    }
+
+    private static bool IsGeneral(in Instruction instruction)
+    {
+        for (int i = 0; i < 2; i++)
+        {
+            if (instruction.GetOpKind(i) == OpKind.Register && !instruction.GetOpRegister(i).IsGPR())
+            {
+                return false;
+            }
+        }
+
+        return true;
+    }
+
+    private InsnKind VectorKind(in Instruction instruction, ref InsnTraits traits)
+    {
+        bool isVex = instruction.OpCode.Encoding == EncodingKind.VEX;
+        traits.VectorLevel = isVex ? (byte)2 : (byte)1;
+        if (instruction.Mnemonic is Mnemonic.Vzeroupper or Mnemonic.Vzeroall)
+        {
+            return InsnKind.Vector;
+        }
+
+        bool hasVector = instruction.Mnemonic is Mnemonic.Cvtss2si or Mnemonic.Cvttss2si or Mnemonic.Cvtsd2si
+            or Mnemonic.Cvttsd2si or Mnemonic.Vcvtss2si or Mnemonic.Vcvttss2si or Mnemonic.Vcvtsd2si
+            or Mnemonic.Vcvttsd2si;
+        bool hasMemory = false;
+        for (int i = 0; i < instruction.OpCount; i++)
+        {
+            hasMemory |= instruction.GetOpKind(i) == OpKind.Memory;
+            if (instruction.GetOpKind(i) == OpKind.Register)
+            {
+                Register register = instruction.GetOpRegister(i);
+                hasVector |= register.IsXMM() || register.IsYMM();
+                if (!register.IsXMM() && !register.IsYMM() && !register.IsGPR())
+                {
+                    return InsnKind.Handler;
+                }
+            }
+        }
+
+        if (!hasVector || instruction.IsVsib || instruction.OpCode.Encoding is not (EncodingKind.Legacy or EncodingKind.VEX))
+        {
+            return InsnKind.Handler;
+        }
+
+        // Conditional accesses, and those that enter the MMX state.
+        string name = instruction.Mnemonic.ToString();
+        if (name.Contains("maskmov", StringComparison.OrdinalIgnoreCase) ||
+            instruction.Mnemonic is Mnemonic.Cvtpi2ps or Mnemonic.Cvtpi2pd)
+        {
+            return InsnKind.Handler;
+        }
+
+        ThunkCache? thunks = _vcpu.Vm.Thunks;
+        Thunk* thunk = thunks is null ? null : thunks.Get(instruction);
+        if (thunk == null)
+        {
+            return InsnKind.Handler;
+        }
+
+        if (hasMemory)
+        {
+            traits.MemoryBytes = (byte)thunk->MemoryBytes;
+            bool isLoose = instruction.Mnemonic is Mnemonic.Movups or Mnemonic.Movupd or Mnemonic.Movdqu or Mnemonic.Lddqu;
+            traits.Alignment = isLoose ? (byte)1 : (byte)Math.Max(thunk->Alignment, thunk->HostAlignment);
+            if (traits.MemoryBytes is 0 or > 32)
+            {
+                return InsnKind.Handler;
+            }
+        }
+
+        return InsnKind.Vector;
+    }
+}

@@ -1,0 +1,331 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using Iced.Intel;
+
+namespace Vmm.X86;
+
+// Ways out of a block. Inside the page: a jump that the dispatcher links to its target. Otherwise a probe of the
+// indirect-branch cache, a table of (linear address xor BranchTag xor Request, entry for flags in the image):
+//
+//     T0 = target; Rip = T0; T1 = (T0 ^ T0 >> 12) & (entries - 1)
+//     T0 ^= [Request, BranchTag]; cmp T0, tags[T1]; jne miss; CodeBase = Rip & -4096; jmp targets[T1]
+//
+// Linear addresses are canonical, so the tag in bits 63:48 can be undone by nothing but the same tag; a pending request
+// changes low bits that also choose the entry, so that no entry matches.
+internal sealed unsafe partial class Translator
+{
+    private bool IsInPage(long offset) => PageOffset + offset is >= 0 and <= 4095;
+
+    private void EmitPoll()
+    {
+        _e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.Request), 0);
+        _cold[_coldCount++] = new ColdExit
+        {
+            Jump = _e.JumpIf(HostCondition.NotEqual),
+            Kind = ColdKind.Poll,
+            Offset = _block->First[_at].Offset,
+        };
+        _inHost = false;
+    }
+
+    // Where the block polls for backward jumps: the first place where flags are dead; -1 for none.
+    private int PollPoint()
+    {
+        if (!LoopsBack())
+        {
+            return -1;
+        }
+
+        for (int i = 0; i < _count; i++)
+        {
+            if (_live[i] == 0)
+            {
+                return i;
+            }
+        }
+
+        return -1;
+    }
+
+    private bool LoopsBack()
+    {
+        if (_count == 0)
+        {
+            return false;
+        }
+
+        InsnKind kind = _traits[_count - 1].Kind;
+        return kind is InsnKind.Jcc or InsnKind.Jmp && IsBackward((long)_insns[_count - 1].NearBranchTarget);
+    }
+
+    private bool IsBackward(long offset) => offset < EndOffset && IsInPage(offset);
+
+    private void EmitJcc(in Instruction instruction)
+    {
+        NeedFlags();
+        long target = (long)instruction.NearBranchTarget;
+        int condition = (int)instruction.ConditionCode - (int)ConditionCode.o;
+        bool pollsHere = IsBackward(target) && PollPoint() < 0;
+        byte* jump = _e.JumpIf(condition);
+        if (IsInPage(target) && !pollsHere && jump != null)
+        {
+            _cold[_coldCount++] = new ColdExit
+            {
+                Jump = jump,
+                Kind = ColdKind.Exit,
+                Offset = (int)target,
+                InHost = _inHost,
+                InImage = _inImage,
+            };
+        }
+        else
+        {
+            _cold[_coldCount++] = new ColdExit
+            {
+                Jump = jump,
+                Kind = ColdKind.Far,
+                Offset = (int)target,
+                InHost = _inHost,
+                InImage = _inImage,
+                IsBackward = pollsHere,
+            };
+        }
+
+        ExitTo(EndOffset);
+    }
+
+    // Goes to an offset from the block's start, from the hot path.
+    private void ExitTo(long offset)
+    {
+        if (!IsInPage(offset))
+        {
+            if (offset != (int)offset || offset is > 0x7FFF0000 or < -0x7FFF0000)
+            {
+                CallHandler();
+                return;
+            }
+
+            FreeFlagsForExit();
+            _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
+            _e.AluImmediate(AluOp.Add, Host.T0, (int)offset + PageOffset);
+            EmitBranchProbe(-1, 0);
+            return;
+        }
+
+        if (IsBackward(offset) && PollPoint() < 0)
+        {
+            FreeFlagsForExit();
+            _e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.Request), 0);
+            _cold[_coldCount++] = new ColdExit
+            {
+                Jump = _e.JumpIf(HostCondition.NotEqual),
+                Kind = ColdKind.Poll,
+                Offset = (int)offset,
+            };
+            _inHost = false;
+        }
+
+        byte* jump = _e.JumpForward();
+        _cold[_coldCount++] = new ColdExit
+        {
+            Jump = jump,
+            Kind = ColdKind.Exit,
+            Offset = (int)offset,
+            InHost = _inHost,
+            InImage = _inImage,
+        };
+    }
+
+    // Behind the last instruction, what is live is what the successors read; a probe does not know them.
+    private void FreeFlagsForExit()
+    {
+        if (!_inImage && _inHost)
+        {
+            CodeStubs.SaveFlags(ref _e, Host.T1);
+            _inImage = true;
+        }
+
+        _inHost = false;
+    }
+
+    private void EmitBranchProbe(int record, short undoRsp)
+    {
+        _e.Store(HostMemory.Context(Offsets.Rip), Host.T0);
+        _e.Move(Host.T1, Host.T0);
+        _e.Shift(5, Host.T1, 12);
+        _e.Alu32(AluOp.Xor, Host.T1, Host.T0);
+        _e.AluImmediate(AluOp.And, Host.T1, BlockCache.Branches - 1, wide: false);
+        _e.Alu(AluOp.Xor, Host.T0, HostMemory.Context(Offsets.Request));
+        _e.Alu(
+            AluOp.Cmp, Host.T0, new HostMemory(Host.None, Host.T1, 3, CpuContext.BranchTagsOffset, isContext: true));
+        byte* hit = _e.JumpIf(HostCondition.NotEqual);
+        _e.Load(Host.T0, HostMemory.Context(Offsets.Rip));
+        _e.AluImmediate(AluOp.And, Host.T0, -4096);
+        _e.Store(HostMemory.Context(Offsets.CodeBase), Host.T0);
+        _e.JumpMemory(new HostMemory(Host.None, Host.T1, 3, CpuContext.BranchTargetsOffset, isContext: true));
+        int offset = record < 0 ? -1 : (int)((byte*)(_block->First + record) - _cpu->Blocks.Arena);
+        int exit = _cache.AddExit(ExitKindOfCode.Indirect, _block, offset, null, false, undoRsp);
+        _e.Land(hit);
+        _e.MoveImmediate(Host.T0, (uint)exit);
+        _e.Jump(_cache.Stubs.ExitFlagImage);
+    }
+
+    private void EmitJmpIndirect(in Instruction instruction)
+    {
+        if (!LoadTarget(instruction))
+        {
+            CallHandler();
+            return;
+        }
+
+        EmitBranchProbe(_at, 0);
+    }
+
+    // T0 = the operand of an indirect branch.
+    private bool LoadTarget(in Instruction instruction)
+    {
+        if (instruction.Op0Kind == OpKind.Memory)
+        {
+            if (!IsAddressable(instruction))
+            {
+                return false;
+            }
+
+            FreeFlagsForExit();
+            HostMemory operand = Check(instruction, 8, write: false, 1, compact: false);
+            _e.Load(Host.T0, operand);
+            return true;
+        }
+
+        FreeFlagsForExit();
+        int number = Number(instruction.Op0Register);
+        if (IsSpilled(number))
+        {
+            _e.Load(Host.T0, Slot(number));
+        }
+        else
+        {
+            _e.Move(Host.T0, HostOf(number));
+        }
+
+        return true;
+    }
+
+    private void PushReturnAddress()
+    {
+        Probe(new HostMemory(Host.GuestRsp, -8), 8, write: true, 1);
+        _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
+        _e.Lea(Host.T0, new HostMemory(Host.T0, EndOffset + PageOffset));
+        StorePushed(Host.T0);
+    }
+
+    private void EmitCall(in Instruction instruction)
+    {
+        FreeFlagsForExit();
+        PushReturnAddress();
+        long target = (long)instruction.NearBranchTarget;
+        if (!IsInPage(target))
+        {
+            _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
+            _e.AluImmediate(AluOp.Add, Host.T0, (int)target + PageOffset);
+            EmitBranchProbe(-1, 0);
+            return;
+        }
+
+        byte* jump = _e.JumpForward();
+        _cold[_coldCount++] = new ColdExit
+        {
+            Jump = jump,
+            Kind = ColdKind.Exit,
+            Offset = (int)target,
+            InImage = true,
+        };
+    }
+
+    private void EmitCallIndirect(in Instruction instruction)
+    {
+        if (!LoadTarget(instruction))
+        {
+            CallHandler();
+            return;
+        }
+
+        // A target that is not canonical faults before anything is pushed.
+        _e.Move(Host.T1, Host.T0);
+        _e.Shift(4, Host.T1, 16);
+        _e.Shift(7, Host.T1, 16);
+        _e.Alu(AluOp.Cmp, Host.T1, Host.T0);
+        SlowJump(_e.JumpIf(HostCondition.NotEqual));
+
+        // The target waits in Rip: it is where the probe stores it anyway.
+        _e.Store(HostMemory.Context(Offsets.Rip), Host.T0);
+        PushReturnAddress();
+        _e.Load(Host.T0, HostMemory.Context(Offsets.Rip));
+        EmitBranchProbe(-1, 0);
+    }
+
+    private void EmitRet(in Instruction instruction)
+    {
+        FreeFlagsForExit();
+        int drop = 8 + (instruction.Code == Code.Retnq_imm16 ? instruction.Immediate16 : 0);
+        Probe(new HostMemory(Host.GuestRsp, 0), 8, write: false, 1);
+        _e.Load(Host.T0, new HostMemory(Host.GuestRsp, Host.T1, 0, 0));
+        _e.Lea(Host.GuestRsp, new HostMemory(Host.GuestRsp, drop));
+        EmitBranchProbe(_at, (short)-drop);
+    }
+
+    private void EmitCold(ref ColdExit cold)
+    {
+        _e.Land(cold.Jump);
+        switch (cold.Kind)
+        {
+            case ColdKind.Vectors:
+                _e.Call(_cache.Stubs.LoadVectors);
+                _e.JumpIf(HostCondition.AboveOrEqual, (byte*)cold.Back);
+                _e.MoveImmediate(Host.T0, (uint)((byte*)_block->First - _cpu->Blocks.Arena));
+                _e.MoveImmediate(Host.T1, (uint)((byte*)_block - _cpu->Blocks.Arena));
+                _e.Jump(_cache.Stubs.Interpret);
+                break;
+            case ColdKind.Poll:
+                int poll = _cache.AddExit(ExitKindOfCode.Poll, _block, PageOffset + cold.Offset, null, false);
+                _e.MoveImmediate(Host.T0, (uint)poll);
+                _e.Jump(_cache.Stubs.ExitFlagImage);
+                break;
+            case ColdKind.Far:
+                _inHost = cold.InHost;
+                _inImage = cold.InImage;
+                if (cold.IsBackward)
+                {
+                    FreeFlagsForExit();
+                    _e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.Request), 0);
+                    byte* quiet = _e.JumpIf(HostCondition.Equal);
+                    int exit = _cache.AddExit(ExitKindOfCode.Poll, _block, PageOffset + cold.Offset, null, false);
+                    _e.MoveImmediate(Host.T0, (uint)exit);
+                    _e.Jump(_cache.Stubs.ExitFlagImage);
+                    _e.Land(quiet);
+                    byte* jump = _e.JumpForward();
+                    var inner = new ColdExit
+                    {
+                        Jump = jump,
+                        Kind = ColdKind.Exit,
+                        Offset = cold.Offset,
+                        InImage = true,
+                    };
+                    EmitCold(ref inner);
+                    break;
+                }
+
+                FreeFlagsForExit();
+                _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
+                _e.AluImmediate(AluOp.Add, Host.T0, cold.Offset + PageOffset);
+                EmitBranchProbe(-1, 0);
+                break;
+            default:
+                bool inHost = cold.InHost || !cold.InImage;
+                int direct = _cache.AddExit(
+                    ExitKindOfCode.Direct, _block, PageOffset + cold.Offset, cold.Jump, inHost);
+                _e.MoveImmediate(Host.T0, (uint)direct);
+                _e.Jump(inHost ? _cache.Stubs.ExitHostFlags : _cache.Stubs.ExitFlagImage);
+                break;
+        }
+    }
+}

@@ -1,0 +1,466 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using Iced.Intel;
+
+namespace Vmm.X86;
+
+// Instructions that stay in line: those that pass through with other registers, LEA, division and the stack.
+internal sealed unsafe partial class Translator
+{
+    private void EmitInsn()
+    {
+        ref Instruction instruction = ref _insns[_at];
+        switch (_traits[_at].Kind)
+        {
+            case InsnKind.Pass:
+            case InsnKind.Vector:
+                if (!TryPass(instruction))
+                {
+                    CallHandler();
+                }
+
+                break;
+            case InsnKind.Nop:
+                break;
+            case InsnKind.Lea:
+                EmitLea(instruction);
+                break;
+            case InsnKind.Div:
+            case InsnKind.Idiv:
+                EmitDivide(instruction, _traits[_at].Kind == InsnKind.Idiv);
+                break;
+            case InsnKind.Push:
+                EmitPush(instruction);
+                break;
+            case InsnKind.PushImmediate:
+                EmitPushImmediate(instruction);
+                break;
+            case InsnKind.Pop:
+                EmitPop(instruction);
+                break;
+            case InsnKind.Leave:
+                EmitLeave();
+                break;
+            case InsnKind.Jcc:
+                EmitJcc(instruction);
+                break;
+            case InsnKind.Jmp:
+                ExitTo((long)instruction.NearBranchTarget);
+                break;
+            case InsnKind.JmpIndirect:
+                EmitJmpIndirect(instruction);
+                break;
+            case InsnKind.Call:
+                EmitCall(instruction);
+                break;
+            case InsnKind.CallIndirect:
+                EmitCallIndirect(instruction);
+                break;
+            case InsnKind.Ret:
+                EmitRet(instruction);
+                break;
+            default:
+                CallHandler();
+                break;
+        }
+    }
+
+    // The interpreter's handler executes the instruction. Flags are everywhere afterwards.
+    private void CallHandler()
+    {
+        FreeFlags();
+        EmitHandlerCall(_at);
+        _inHost = true;
+        _inImage = true;
+        HandlerSites++;
+        HandlerCodes[(int)_insns[_at].Code]++;
+    }
+
+    // Of the whole register: Iced counts byte registers differently.
+    private static int Number(Register register) => register.GetFullRegister() - Register.RAX;
+
+    private static bool IsSpilled(Register register) =>
+        register.IsGPR() && !IsHighByte(register) && IsSpilled(Number(register));
+
+    private static bool IsHighByte(Register register) => register is >= Register.AH and <= Register.BH;
+
+    // A register of the size of another one.
+    private static Register Like(Register original, int host) => original.GetSize() switch
+    {
+        8 => Register.RAX + host,
+        4 => Register.EAX + host,
+        2 => Register.AX + host,
+        _ => host < 4 ? Register.AL + host : Register.SPL + (host - 4),
+    };
+
+    private static Register Full(int host) => Register.RAX + host;
+
+    private bool TryPass(in Instruction original)
+    {
+        Instruction instruction = original;
+        ref InsnTraits traits = ref _traits[_at];
+        int memory = -1;
+        int spilled0 = -1;
+        int spilled1 = -1;
+        for (int i = 0; i < instruction.OpCount; i++)
+        {
+            OpKind kind = instruction.GetOpKind(i);
+            if (kind == OpKind.Memory)
+            {
+                memory = i;
+            }
+            else if (kind == OpKind.Register && IsSpilled(instruction.GetOpRegister(i)))
+            {
+                int number = Number(instruction.GetOpRegister(i));
+                if (spilled0 < 0 || spilled0 == number)
+                {
+                    spilled0 = number;
+                }
+                else if (spilled1 < 0 || spilled1 == number)
+                {
+                    spilled1 = number;
+                }
+                else
+                {
+                    return false;
+                }
+            }
+        }
+
+        if (memory >= 0 && (spilled1 >= 0 || !IsAddressable(instruction)))
+        {
+            return false;
+        }
+
+        // Names first, code later: whether the renamed form can be encoded must be known before anything is emitted.
+        int first = memory >= 0 ? Host.T1 : Host.T0;
+        int loads = 0;
+        int stores = 0;
+        for (int i = 0; i < instruction.OpCount; i++)
+        {
+            if (instruction.GetOpKind(i) != OpKind.Register)
+            {
+                continue;
+            }
+
+            Register register = instruction.GetOpRegister(i);
+            if (!register.IsGPR() || IsHighByte(register))
+            {
+                continue;
+            }
+
+            int number = Number(register);
+            if (IsSpilled(number))
+            {
+                int access = (traits.Access >> (2 * i)) & 3;
+                int bit = number == spilled0 ? 1 : 2;
+                loads |= (access & 1) != 0 || register.GetSize() < 4 ? bit : 0;
+                stores |= (access & 2) != 0 ? bit : 0;
+                instruction.SetOpRegister(i, Like(register, number == spilled0 ? first : Host.T1));
+            }
+            else if (number == Host.Rsp)
+            {
+                instruction.SetOpRegister(i, Like(register, Host.GuestRsp));
+            }
+        }
+
+        bool touches = (traits.Reads | traits.Writes) != 0;
+        if (memory >= 0)
+        {
+            bool restores = touches && _live[_at] != 0;
+            int access = (traits.Access >> (2 * memory)) & 3;
+            bool isVector = traits.Kind == InsnKind.Vector;
+            int size = isVector ? traits.MemoryBytes : original.MemorySize.GetSize();
+            bool locks = original.HasLockPrefix || original.Mnemonic == Mnemonic.Xchg;
+            if (size is 0 or > 32 || access == 0)
+            {
+                return false;
+            }
+
+            // Trial with a stand-in operand: the length does not matter, only whether it encodes.
+            SetMemory(ref instruction, new HostMemory(Host.T0, Host.T1, 0, 0));
+            if (!TryEncode(instruction))
+            {
+                return false;
+            }
+
+            FreeFlags();
+            HostMemory operand = Check(
+                original, size, (access & 2) != 0, isVector ? traits.Alignment : locks ? size : 1,
+                compact: restores || spilled0 >= 0);
+            SetMemory(ref instruction, operand);
+        }
+        else if (!TryEncode(instruction))
+        {
+            return false;
+        }
+
+        if (touches)
+        {
+            NeedFlags();
+        }
+
+        if ((loads & 1) != 0)
+        {
+            _e.Load(first, Slot(spilled0));
+        }
+
+        if ((loads & 2) != 0)
+        {
+            _e.Load(Host.T1, Slot(spilled1));
+        }
+
+        Encode(instruction);
+        if ((stores & 1) != 0)
+        {
+            _e.Store(Slot(spilled0), first);
+        }
+
+        if ((stores & 2) != 0)
+        {
+            _e.Store(Slot(spilled1), Host.T1);
+        }
+
+        if (traits.Writes != 0)
+        {
+            WroteFlags();
+        }
+
+        return true;
+    }
+
+    private static void SetMemory(ref Instruction instruction, in HostMemory operand)
+    {
+        instruction.MemoryBase = operand.Base < 0 ? Register.None : Full(operand.Base);
+        instruction.MemoryIndex = operand.Index < 0 ? Register.None : Full(operand.Index);
+        instruction.MemoryIndexScale = 1 << operand.Scale;
+        instruction.MemoryDisplacement64 = (ulong)operand.Displacement;
+        instruction.MemoryDisplSize = operand.Displacement == 0 ? 0
+            : operand.Displacement == (sbyte)operand.Displacement ? 1 : 8;
+        instruction.SegmentPrefix = Register.None;
+    }
+
+    private bool TryEncode(in Instruction instruction)
+    {
+        _writer.Length = 0;
+        return _encoder.TryEncode(instruction, 0, out _, out _);
+    }
+
+    private void Encode(in Instruction instruction)
+    {
+        // The trial before said that it can be encoded.
+        if (!TryEncode(instruction))
+        {
+            throw new InvalidOperationException($"translator: {instruction.Code} cannot be encoded");
+        }
+
+        fixed (byte* bytes = _writer.Bytes)
+        {
+            _e.Bytes(bytes, _writer.Length);
+        }
+    }
+
+    private void EmitLea(in Instruction instruction)
+    {
+        // Flags survive where the address needs no addition of two spilled registers.
+        Register start = instruction.MemoryBase;
+        Register index = instruction.MemoryIndex;
+        bool adds = index != Register.None && IsSpilled(Number(index)) &&
+            start != Register.None && start.IsGPR() && IsSpilled(Number(start));
+        if (adds || !IsAddressable(instruction))
+        {
+            CallHandler();
+            return;
+        }
+
+        HostMemory form = LinearOf(instruction, withSegment: false);
+        Register target = instruction.Op0Register;
+        int number = Number(target);
+        int host = IsSpilled(number) ? Host.T0 : HostOf(number);
+        if (target.GetSize() == 8)
+        {
+            _e.Lea(host, form);
+        }
+        else if (target.GetSize() == 4)
+        {
+            _e.Lea32(host, form);
+        }
+        else
+        {
+            CallHandler();
+            return;
+        }
+
+        if (IsSpilled(number))
+        {
+            _e.Store(Slot(number), host);
+        }
+    }
+
+    // DIV and IDIV, after a check that the quotient fits; what does not pass it raises #DE in the handler.
+    private void EmitDivide(in Instruction original, bool isSigned)
+    {
+        Instruction instruction = original;
+        bool isMemory = original.Op0Kind == OpKind.Memory;
+        int size = isMemory ? original.MemorySize.GetSize() : original.Op0Register.GetSize();
+        if (size < 4 || (isMemory && !IsAddressable(original)))
+        {
+            CallHandler();
+            return;
+        }
+
+        FreeFlags();
+        int divisor;
+        if (isMemory)
+        {
+            HostMemory operand = Check(original, size, write: false, 1, compact: false);
+            divisor = Host.T1;
+            if (size == 8)
+            {
+                _e.Load(divisor, operand);
+            }
+            else
+            {
+                _e.Load32(divisor, operand);
+            }
+
+            instruction.Op0Kind = OpKind.Register;
+            instruction.Code = (size, isSigned) switch
+            {
+                (8, false) => Code.Div_rm64,
+                (8, true) => Code.Idiv_rm64,
+                (_, false) => Code.Div_rm32,
+                _ => Code.Idiv_rm32,
+            };
+        }
+        else
+        {
+            int number = Number(original.Op0Register);
+            divisor = IsSpilled(number) ? Host.T1 : HostOf(number);
+            if (IsSpilled(number))
+            {
+                _e.Load(divisor, Slot(number));
+            }
+        }
+
+        instruction.Op0Register = size == 8 ? Register.RAX + divisor : Register.EAX + divisor;
+        instruction.SegmentPrefix = Register.None;
+        if (!isSigned)
+        {
+            if (size == 8)
+            {
+                _e.Alu(AluOp.Cmp, Host.Rdx, divisor);
+            }
+            else
+            {
+                _e.Alu32(AluOp.Cmp, Host.Rdx, divisor);
+            }
+
+            SlowJump(_e.JumpIf(HostCondition.AboveOrEqual));
+        }
+        else
+        {
+            // In line only when RDX is RAX's sign and the divisor neither 0 nor -1.
+            _e.Move(Host.T0, Host.Rax);
+            if (size == 4)
+            {
+                _e.Shift(4, Host.T0, 32);
+            }
+
+            _e.Shift(7, Host.T0, 63);
+            if (size == 8)
+            {
+                _e.Alu(AluOp.Cmp, Host.T0, Host.Rdx);
+                SlowJump(_e.JumpIf(HostCondition.NotEqual));
+                _e.Lea(Host.T0, new HostMemory(divisor, 1));
+            }
+            else
+            {
+                _e.Alu32(AluOp.Cmp, Host.T0, Host.Rdx);
+                SlowJump(_e.JumpIf(HostCondition.NotEqual));
+                _e.Lea32(Host.T0, new HostMemory(divisor, 1));
+            }
+
+            _e.AluImmediate(AluOp.Cmp, Host.T0, 1);
+            SlowJump(_e.JumpIf(HostCondition.BelowOrEqual));
+        }
+
+        Encode(instruction);
+        WroteFlags();
+    }
+
+    private void EmitPush(in Instruction instruction)
+    {
+        FreeFlags();
+        if (instruction.Op0Kind == OpKind.Memory)
+        {
+            // Load first; the value waits in the work area while the stack is checked.
+            if (!IsAddressable(instruction))
+            {
+                CallHandler();
+                return;
+            }
+
+            HostMemory source = Check(instruction, 8, write: false, 1, compact: false);
+            _e.Load(Host.T0, source);
+            _e.Store(HostMemory.Context(Offsets.ExitInfo), Host.T0);
+            Probe(new HostMemory(Host.GuestRsp, -8), 8, write: true, 1);
+            _e.Load(Host.T0, HostMemory.Context(Offsets.ExitInfo));
+            StorePushed(Host.T0);
+            return;
+        }
+
+        int number = Number(instruction.Op0Register);
+        Probe(new HostMemory(Host.GuestRsp, -8), 8, write: true, 1);
+        int host = IsSpilled(number) ? Host.T0 : HostOf(number);
+        if (IsSpilled(number))
+        {
+            _e.Load(host, Slot(number));
+        }
+
+        StorePushed(host);
+    }
+
+    private void StorePushed(int host)
+    {
+        _e.Store(new HostMemory(Host.GuestRsp, Host.T1, 0, -8), host);
+        _e.Lea(Host.GuestRsp, new HostMemory(Host.GuestRsp, -8));
+    }
+
+    private void EmitPushImmediate(in Instruction instruction)
+    {
+        FreeFlags();
+        Probe(new HostMemory(Host.GuestRsp, -8), 8, write: true, 1);
+        _e.StoreImmediate(new HostMemory(Host.GuestRsp, Host.T1, 0, -8), (int)(long)instruction.GetImmediate(0));
+        _e.Lea(Host.GuestRsp, new HostMemory(Host.GuestRsp, -8));
+    }
+
+    private void EmitPop(in Instruction instruction)
+    {
+        int number = Number(instruction.Op0Register);
+        if (number == Host.Rsp)
+        {
+            CallHandler();
+            return;
+        }
+
+        FreeFlags();
+        Probe(new HostMemory(Host.GuestRsp, 0), 8, write: false, 1);
+        int host = IsSpilled(number) ? Host.T0 : number;
+        _e.Load(host, new HostMemory(Host.GuestRsp, Host.T1, 0, 0));
+        _e.Lea(Host.GuestRsp, new HostMemory(Host.GuestRsp, 8));
+        if (IsSpilled(number))
+        {
+            _e.Store(Slot(number), host);
+        }
+    }
+
+    private void EmitLeave()
+    {
+        FreeFlags();
+        Probe(new HostMemory(Host.Rbp, 0), 8, write: false, 1);
+        _e.Load(Host.T1, new HostMemory(Host.Rbp, Host.T1, 0, 0));
+        _e.Lea(Host.GuestRsp, new HostMemory(Host.Rbp, 8));
+        _e.Move(Host.Rbp, Host.T1);
+    }
+}
