@@ -322,15 +322,19 @@ internal static class MachineParser
         }
 
         DiskBus bus = disk.Choice("bus", DiskBus.Virtio, Words.Buses);
-        bool removable = bus is DiskBus.Cdrom or DiskBus.Floppy;
+        DiskMedia media = disk.Choice("media", DiskMedia.Disk, Words.Media);
+        bool isCdrom = bus == DiskBus.Cdrom || media == DiskMedia.Cdrom;
+        bool removable = isCdrom || bus == DiskBus.Floppy;
         var result = new DiskSpec
         {
             Path = disk.FilePath("path"),
             Bus = bus,
+            Media = media,
+            Queues = (int)disk.Integer("queues", 1, 1, 16),
             Format = disk.Choice("format", DiskFormat.Auto, Words.Formats),
             SizeBytes = disk.Size("size", 512, 1L << 60),
             Backing = disk.FilePath("backing"),
-            ReadOnly = disk.Flag("readonly", bus == DiskBus.Cdrom),
+            ReadOnly = disk.Flag("readonly", isCdrom),
             Cache = disk.Choice("cache", DiskCache.Writeback, Words.Caches),
             Discard = disk.Flag("discard", true),
             Serial = disk.Text("serial", 20),
@@ -342,7 +346,17 @@ internal static class MachineParser
             map.Context.Error(item.At, "a disk needs a \"path\" (only a cdrom or floppy drive may be empty)");
         }
 
-        if (bus == DiskBus.Cdrom && !result.ReadOnly)
+        if (disk.Has("media") && bus != DiskBus.Scsi)
+        {
+            map.Context.Error(disk.Take("media")!.At, "\"media\" is for bus: scsi; a CD-ROM drive on IDE is bus: cdrom");
+        }
+
+        if (disk.Has("queues") && bus != DiskBus.Virtio)
+        {
+            map.Context.Error(disk.Take("queues")!.At, "\"queues\" is for bus: virtio");
+        }
+
+        if (isCdrom && !result.ReadOnly)
         {
             map.Context.Error(item.At, "a cdrom is read-only");
         }
@@ -406,6 +420,7 @@ internal static class MachineParser
                 Forward = Forwards(nic),
                 Network = nic.Text("network", 64),
                 Mtu = (int)nic.Integer("mtu", 0, 576, 65535),
+                Queues = (int)nic.Integer("queues", 1, 1, 16),
                 BytesPerSecond = nic.Size("bytes-per-second", 1, long.MaxValue) ?? 0,
             };
             foreach (string key in new[] { "forward", "network" })
@@ -414,6 +429,11 @@ internal static class MachineParser
                 {
                     map.Context.Error(nic.Take(key)!.At, $"\"{key}\" is for backend: user");
                 }
+            }
+
+            if (nic.Has("queues") && spec.Model != NicModel.Virtio)
+            {
+                map.Context.Error(nic.Take("queues")!.At, "\"queues\" is for model: virtio");
             }
 
             if (spec.Network is { } network && !IsName(network))

@@ -117,6 +117,16 @@ public enum DiskBus
     Cdrom,
 }
 
+/// <summary>What a drive on virtio-scsi is (<c>media:</c>).</summary>
+public enum DiskMedia
+{
+    /// <summary>A disk.</summary>
+    Disk,
+
+    /// <summary>A CD-ROM drive.</summary>
+    Cdrom,
+}
+
 /// <summary>Format of an image file.</summary>
 public enum DiskFormat
 {
@@ -151,6 +161,15 @@ public sealed record DiskSpec
 
     /// <summary>How it is attached.</summary>
     public DiskBus Bus { get; init; } = DiskBus.Virtio;
+
+    /// <summary>A disk or a CD-ROM drive; a CD-ROM drive also when <see cref="Bus"/> says so.</summary>
+    public DiskMedia Media { get; init; } = DiskMedia.Disk;
+
+    /// <summary>It is a CD-ROM drive, on whatever bus.</summary>
+    public bool IsCdrom => Bus == DiskBus.Cdrom || Media == DiskMedia.Cdrom;
+
+    /// <summary>Request queues of a virtio disk.</summary>
+    public int Queues { get; init; } = 1;
 
     /// <summary>Format of the image.</summary>
     public DiskFormat Format { get; init; } = DiskFormat.Auto;
@@ -239,6 +258,9 @@ public sealed record NicSpec
 
     /// <summary>Largest payload in bytes, 0 for the default of 1500.</summary>
     public int Mtu { get; init; }
+
+    /// <summary>Pairs of queues of a virtio card.</summary>
+    public int Queues { get; init; } = 1;
 
     /// <summary>Most bytes a second in each direction, 0 for no limit.</summary>
     public long BytesPerSecond { get; init; }

@@ -185,10 +185,12 @@ public static class SpecWriter
     {
         map.Text("path", disk.Path);
         map.Word("bus", Words.Buses, disk.Bus, DiskBus.Virtio);
+        map.Word("media", Words.Media, disk.Media, DiskMedia.Disk);
+        map.Number("queues", disk.Queues, 1);
         map.Word("format", Words.Formats, disk.Format, DiskFormat.Auto);
         map.Size("size", disk.SizeBytes ?? 0);
         map.Text("backing", disk.Backing);
-        map.Flag("readonly", disk.ReadOnly, disk.Bus == DiskBus.Cdrom);
+        map.Flag("readonly", disk.ReadOnly, disk.IsCdrom);
         map.Word("cache", Words.Caches, disk.Cache, DiskCache.Writeback);
         map.Flag("discard", disk.Discard, true);
         map.Text("serial", disk.Serial);
@@ -220,6 +222,7 @@ public static class SpecWriter
         map.List("forward", forwards);
         map.Text("network", nic.Network);
         map.Number("mtu", nic.Mtu, 0);
+        map.Number("queues", nic.Queues, 1);
         map.Size("bytes-per-second", nic.BytesPerSecond);
     }
 

@@ -36,6 +36,8 @@ internal static class Words
         ("cdrom", DiskBus.Cdrom),
     ];
 
+    internal static readonly (string, DiskMedia)[] Media = [("disk", DiskMedia.Disk), ("cdrom", DiskMedia.Cdrom)];
+
     internal static readonly (string, DiskFormat)[] Formats =
     [
         ("auto", DiskFormat.Auto),

@@ -23,7 +23,7 @@ public static class BlockFactory
         }
 
         string? format = FormatOf(spec);
-        bool isReadOnly = spec.ReadOnly || spec.Bus == DiskBus.Cdrom;
+        bool isReadOnly = spec.ReadOnly || spec.IsCdrom;
         try
         {
             MakeIfMissing(spec, format);

@@ -68,7 +68,7 @@ internal sealed class Cards : IDisposable
             {
                 case NicModel.Virtio:
                     yield return Card(
-                        id, new VirtioNet(MakeNetwork(nic, mac), mac, new VirtioNetOptions { Mtu = (ushort)nic.Mtu }));
+                        id, new VirtioNet(MakeNetwork(nic, mac), mac, new VirtioNetOptions { Mtu = (ushort)nic.Mtu, QueuePairs = nic.Queues }));
                     break;
                 case NicModel.E1000:
                     yield return new E1000(id, MakeNetwork(nic, mac), mac);

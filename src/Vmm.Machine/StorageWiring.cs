@@ -15,7 +15,8 @@ namespace Vmm.Machine;
 /// <summary>
 /// Puts the disks of a definition behind their controllers. Disks of one kind keep their order. IDE disks take the places
 /// primary master, primary slave, secondary master, secondary slave; CD-ROMs start at the secondary master, where PCs have
-/// them. AHCI controllers take six drives each; every NVMe and virtio disk is a card of its own.
+/// them. AHCI controllers take six drives each, a virtio-scsi host takes all that name it; every NVMe and virtio disk is a card of
+/// its own.
 /// </summary>
 internal sealed class StorageWiring
 {
@@ -29,6 +30,7 @@ internal sealed class StorageWiring
     private readonly AtaDevice?[] _ide = new AtaDevice?[4];
     private readonly List<AtaDevice> _sata = [];
     private readonly List<IBlockBackend?> _floppies = [];
+    private readonly List<ScsiUnit> _scsi = [];
     private readonly List<PciFunction> _cards = [];
 
     private StorageWiring(MachineParts parts, PciBus bus)
@@ -101,6 +103,7 @@ internal sealed class StorageWiring
             Ahci => ("pci8086,2922", "/drive@0/disk@0"),
             Nvme => ("pci1b36,10", "/namespace@1,0"),
             _ when card.Identity is { VendorId: 0x1AF4, DeviceId: 0x1001 or 0x1042 } => ("scsi", "/disk@0,0"),
+            _ when card.Identity is { VendorId: 0x1AF4, DeviceId: 0x1004 or 0x1048 } => ("scsi", "/channel@0/disk@0,0"),
             _ => null,
         };
         if (path is { } found)
@@ -132,6 +135,11 @@ internal sealed class StorageWiring
 
         switch (spec.Bus)
         {
+            case DiskBus.Scsi when spec.IsCdrom:
+                var drive = new AtapiCdrom(backend, serial);
+                Cdroms.Add(string.Create(CultureInfo.InvariantCulture, $"cdrom{Cdroms.Count}"), drive);
+                _scsi.Add(new ScsiCdrom(drive));
+                return;
             case DiskBus.Cdrom:
                 var cdrom = new AtapiCdrom(backend, serial);
                 Cdroms.Add(string.Create(CultureInfo.InvariantCulture, $"cdrom{Cdroms.Count}"), cdrom);
@@ -158,7 +166,10 @@ internal sealed class StorageWiring
                 _sata.Add(new AtaDisk(backend, serial));
                 break;
             case DiskBus.Virtio:
-                _cards.Add(new VirtioPci(name, new VirtioBlock(backend, new VirtioBlockOptions { Serial = serial })));
+                _cards.Add(new VirtioPci(name, new VirtioBlock(backend, new VirtioBlockOptions { Serial = serial, Queues = spec.Queues })));
+                break;
+            case DiskBus.Scsi:
+                _scsi.Add(new ScsiDisk(backend, serial));
                 break;
             case DiskBus.Nvme:
                 _cards.Add(new Nvme(name, backend, serial));
@@ -215,6 +226,13 @@ internal sealed class StorageWiring
             int count = Math.Min(Ahci.MaxPorts, _sata.Count - first);
             string id = string.Create(CultureInfo.InvariantCulture, $"ahci{first / Ahci.MaxPorts}");
             _cards.Add(new Ahci(id, [.. _sata.GetRange(first, count)]));
+        }
+
+        for (int first = 0; first < _scsi.Count; first += VirtioScsi.MaxUnits)
+        {
+            int count = Math.Min(VirtioScsi.MaxUnits, _scsi.Count - first);
+            string id = string.Create(CultureInfo.InvariantCulture, $"scsi{first / VirtioScsi.MaxUnits}");
+            _cards.Add(new VirtioPci(id, new VirtioScsi(_scsi.GetRange(first, count))));
         }
 
         foreach (PciFunction card in _cards)

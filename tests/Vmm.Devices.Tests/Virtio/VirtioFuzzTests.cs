@@ -3,6 +3,7 @@ using System;
 using System.Threading;
 using FluentAssertions;
 using Vmm.Core;
+using Vmm.Devices.Storage;
 using Vmm.Devices.Virtio;
 using Vmm.TestKit;
 using Xunit;
@@ -23,7 +24,7 @@ public sealed class VirtioFuzzTests
         get
         {
             var data = new TheoryData<string, bool>();
-            foreach (string model in (string[])["block", "rng", "net", "console", "balloon", "vsock", "input"])
+            foreach (string model in (string[])["block", "rng", "net", "console", "balloon", "vsock", "input", "gpu", "scsi"])
             {
                 data.Add(model, false);
                 data.Add(model, true);
@@ -127,6 +128,9 @@ public sealed class VirtioFuzzTests
         "console" => new VirtioConsole([new VirtioConsolePort(new FakeCharBackend(), IsConsole: true), new VirtioConsolePort(new FakeCharBackend(), "p")]),
         "balloon" => new VirtioBalloon(new Reclaimer()),
         "vsock" => new VirtioVsock(3, new EchoVsock()),
+        "gpu" => new VirtioGpu(maxBytes: 1 << 20),
+        "scsi" => new VirtioScsi(
+            [new ScsiDisk(new FakeBlockBackend(1 << 18), "d"), new ScsiCdrom(new AtapiCdrom(new FakeBlockBackend(1 << 16), "c"))]),
         _ => new VirtioInput(VirtioInputKind.Tablet),
     };
 
