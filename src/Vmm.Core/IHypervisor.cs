@@ -55,6 +55,9 @@ public sealed record HypervisorCapabilities
     /// </summary>
     public bool UserApicMsrs { get; init; }
 
+    /// <summary><see cref="IVm.TryAddDoorbell"/> works.</summary>
+    public bool Doorbells { get; init; }
+
     /// <summary>Frequency of the guest's time stamp counter in kHz.</summary>
     public required long TscKhz { get; init; }
 }

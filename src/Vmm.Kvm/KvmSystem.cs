@@ -64,6 +64,7 @@ public sealed unsafe class KvmSystem : IHypervisor
             MaxMemorySlots = _probed.MemorySlots,
             IrqchipModes = modes,
             ReadOnlyMemory = _probed.ReadOnlyMemory,
+            Doorbells = _probed.IoEventFd,
             TscKhz = KvmProbe.ReadTscKhz(device, _probed),
         };
     }

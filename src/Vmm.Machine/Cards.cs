@@ -28,7 +28,7 @@ internal sealed class Cards : IDisposable
     private readonly CharFactory _chars;
     private readonly GuestMemory _memory;
     private readonly Func<RamBlock, HostMemory?> _hostMemory;
-    private readonly VirtioOptions _options;
+    private readonly VirtioCards _virtio;
     private PollLoop? _loop;
 
     /// <summary>Prepares.</summary>
@@ -36,14 +36,15 @@ internal sealed class Cards : IDisposable
     /// <param name="chars">Makes the host ends of consoles.</param>
     /// <param name="memory">Guest memory, for the balloon.</param>
     /// <param name="hostMemory">The host memory behind a block; null when it cannot be released.</param>
+    /// <param name="virtio">Makes cards of VirtIO models.</param>
     public Cards(
-        MachineSpec spec, CharFactory chars, GuestMemory memory, Func<RamBlock, HostMemory?> hostMemory)
+        MachineSpec spec, CharFactory chars, GuestMemory memory, Func<RamBlock, HostMemory?> hostMemory, VirtioCards virtio)
     {
         _spec = spec;
         _chars = chars;
         _memory = memory;
         _hostMemory = hostMemory;
-        _options = new VirtioOptions();
+        _virtio = virtio;
     }
 
     /// <summary>The balloon, when the definition has one.</summary>
@@ -182,7 +183,7 @@ internal sealed class Cards : IDisposable
         Network = spec.Network is null ? null : File.ReadAllBytes(spec.Network),
     });
 
-    private VirtioPci Card(string id, IVirtioModel model) => new(id, model, VirtioPciMode.Transitional, _options);
+    private VirtioPci Card(string id, IVirtioModel model) => _virtio.Make(id, model);
 
     private UserNetworkOptions UserOptions(NicSpec nic, byte[] mac)
     {

@@ -109,6 +109,7 @@ public sealed class MachineBuilder : IDisposable
         {
             Hypervisor = _hypervisor,
             Vm = vm,
+            Virtio = new VirtioCards(vm, _hypervisor.Capabilities),
             Slots = slots,
             Memory = _memory,
             Layout = _layout,
@@ -298,7 +299,7 @@ public sealed class MachineBuilder : IDisposable
             parts.Devices.Add(watchdog);
         }
 
-        var cards = new Cards(_spec, _chars, _memory, block => _hostMemory.GetValueOrDefault(block));
+        var cards = new Cards(_spec, _chars, _memory, block => _hostMemory.GetValueOrDefault(block), parts.Virtio);
         parts.Resources.Add(cards);
         foreach (PciFunction card in cards.Make())
         {

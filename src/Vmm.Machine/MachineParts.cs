@@ -27,6 +27,9 @@ internal sealed class MachineParts
     /// <summary>The slots of the VM.</summary>
     public required MemorySlots Slots { get; init; }
 
+    /// <summary>Makes cards of VirtIO models.</summary>
+    public required VirtioCards Virtio { get; init; }
+
     /// <summary>Guest memory.</summary>
     public required GuestMemory Memory { get; init; }
 

@@ -54,7 +54,7 @@ internal static class ScreenWiring
                 break;
             case VgaModel.Virtio:
                 var gpu = new VirtioGpu();
-                var function = new VirtioPci("gpu0", gpu);
+                var function = parts.Virtio.Make("gpu0", gpu);
                 bus.Attach(function, 2);
                 parts.Devices.Add(function);
                 return gpu;

@@ -166,7 +166,8 @@ internal sealed class StorageWiring
                 _sata.Add(new AtaDisk(backend, serial));
                 break;
             case DiskBus.Virtio:
-                _cards.Add(new VirtioPci(name, new VirtioBlock(backend, new VirtioBlockOptions { Serial = serial, Queues = spec.Queues })));
+                var model = new VirtioBlock(backend, new VirtioBlockOptions { Serial = serial, Queues = spec.Queues });
+                _cards.Add(_parts.Virtio.Make(name, model));
                 break;
             case DiskBus.Scsi:
                 _scsi.Add(new ScsiDisk(backend, serial));
@@ -232,7 +233,7 @@ internal sealed class StorageWiring
         {
             int count = Math.Min(VirtioScsi.MaxUnits, _scsi.Count - first);
             string id = string.Create(CultureInfo.InvariantCulture, $"scsi{first / VirtioScsi.MaxUnits}");
-            _cards.Add(new VirtioPci(id, new VirtioScsi(_scsi.GetRange(first, count))));
+            _cards.Add(_parts.Virtio.Make(id, new VirtioScsi(_scsi.GetRange(first, count))));
         }
 
         foreach (PciFunction card in _cards)

@@ -77,6 +77,9 @@ build_l1() {
 	cp "$work/l2.gz" "$work/l1/vm/initrd.gz"
 	[ ! -x out/bin/vmctl ] || add_program "$work/l1" out/bin/vmctl bin/vmctl
 	[ -z "${with_driver_tests:-}" ] || add_driver_tests "$work/l1"
+	if [ -n "${with_virtio:-}" ]; then
+		PREPARE=1 WORK=$PWD/$work/l1/virtio tests/guests/virtio kvm >"$work/virtio.log" 2>&1 || cat "$work/virtio.log"
+	fi
 	pack "$work/l1" "$work/l1.gz"
 	rm -rf "$work/l1" "$work/l2"
 }
@@ -101,7 +104,7 @@ add_driver_tests() {
 # printed before it; driver tests print TAP themselves.
 judge() {
 	tr -d '\r' <"$1" | awk '
-		/^(not )?ok [0-9]+ - / { print; next }
+		/^(not )?ok ([0-9]+ )?- / { print; next }
 		/^# / { print; next }
 		/^CASE / { userland = ""; name = $2; wanted = $3; next }
 		/L2 userland/ { userland = $0; next }

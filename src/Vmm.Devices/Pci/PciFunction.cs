@@ -643,6 +643,11 @@ public abstract class PciFunction : IDevice
         _writable[PciConfig.Command + 1] |= (byte)(bits >> 8);
     }
 
+    /// <summary>A BAR decodes at another address, or nowhere any more (null). Called under the gate, on a vCPU's thread.</summary>
+    protected virtual void OnBarMoved(int index, ulong? guestAddress)
+    {
+    }
+
     private uint Config32(int offset) => BinaryPrimitives.ReadUInt32LittleEndian(_config.AsSpan(offset));
 
     // Under the gate: brings everything that follows from configuration space up to date.
@@ -656,9 +661,9 @@ public abstract class PciFunction : IDevice
         {
             for (int i = 0; i < _bars.Length; i++)
             {
-                if (_bars[i] is { } bar)
+                if (_bars[i] is { } bar && Decode(i, bar, command) is var place && bar.Place(bus, place))
                 {
-                    bar.Place(bus, Decode(i, bar, command));
+                    OnBarMoved(i, place);
                 }
             }
         }
@@ -740,18 +745,19 @@ public abstract class PciFunction : IDevice
 
         public ulong LengthBytes { get; }
 
-        public void Place(PciBus? bus, ulong? place)
+        /// <returns>False when it lies there already.</returns>
+        public bool Place(PciBus? bus, ulong? place)
         {
             if (place == _place)
             {
-                return;
+                return false;
             }
 
             _place = place;
             _mapper?.Move(place);
             if (_window is null)
             {
-                return;
+                return true;
             }
 
             if (_mapping is { } old)
@@ -769,6 +775,8 @@ public abstract class PciFunction : IDevice
                     _bus = bus;
                 }
             }
+
+            return true;
         }
 
         private AddressMap Map(PciBus bus) => Kind == PciBarKind.Io ? bus.Ports : bus.Mmio;

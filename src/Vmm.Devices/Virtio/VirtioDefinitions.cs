@@ -134,6 +134,19 @@ public interface IWorkSignal : IDisposable
     void Wait();
 }
 
+/// <summary>
+/// A worker's sleep that the driver of virtual processors can end by itself: a guest's doorbell then wakes the worker without
+/// passing through the card's registers.
+/// </summary>
+public interface IDoorbellSignal : IWorkSignal
+{
+    /// <summary>Says where the doorbells are; what was said before no longer counts. Must not wait for vCPUs.</summary>
+    /// <param name="guestAddress">The first one, memory-mapped, written as 16 bits; null for nowhere.</param>
+    /// <param name="count">How many.</param>
+    /// <param name="strideBytes">Distance between two.</param>
+    void Place(ulong? guestAddress, int count, uint strideBytes);
+}
+
 /// <summary>How a device offers itself.</summary>
 public sealed record VirtioOptions
 {

@@ -37,12 +37,14 @@ public sealed class VirtioPci : PciFunction, IVirtioInterrupts
     private const uint DeviceOffset = 0x2000;
     private const uint SectionBytes = 0x1000;
     private const uint DoorbellBytes = 4;
+    private const int ModernBar = 4;
     private const byte IsrQueue = 1;
     private const byte IsrConfig = 2;
     private const int LegacyPageShift = 12;
 
     private readonly Lock _registerGate = new();
     private readonly VirtioDevice _device;
+    private readonly IDoorbellSignal? _doorbells;
     private readonly ushort[] _queueVectors;
     private readonly int _configAccess;
     private ushort _configVector = PciMsiX.NoVector;
@@ -65,6 +67,7 @@ public sealed class VirtioPci : PciFunction, IVirtioInterrupts
         IWorkSignal? signal = null)
         : base(id, IdentityOf(model, ref mode))
     {
+        _doorbells = signal as IDoorbellSignal;
         _device = new VirtioDevice(id, model, Dma, options, signal);
         _device.Attach(this);
         _queueVectors = new ushort[_device.QueueCount];
@@ -77,7 +80,7 @@ public sealed class VirtioPci : PciFunction, IVirtioInterrupts
 
         if (mode != VirtioPciMode.Legacy)
         {
-            AddBar(4, PciBarKind.Memory64Prefetchable, new ModernWindow(this));
+            AddBar(ModernBar, PciBarKind.Memory64Prefetchable, new ModernWindow(this));
             AddVirtioCapability(1, CommonOffset, SectionBytes);
             AddVirtioCapability(3, IsrOffset, SectionBytes);
             AddVirtioCapability(4, DeviceOffset, SectionBytes);
@@ -226,6 +229,15 @@ public sealed class VirtioPci : PciFunction, IVirtioInterrupts
             }
 
             Intx.Set(_isr != 0);
+        }
+    }
+
+    /// <inheritdoc/>
+    protected override void OnBarMoved(int index, ulong? guestAddress)
+    {
+        if (index == ModernBar)
+        {
+            _doorbells?.Place(guestAddress + DoorbellOffset, _device.QueueCount, DoorbellBytes);
         }
     }
 

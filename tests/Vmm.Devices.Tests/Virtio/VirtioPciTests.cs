@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using System.Collections.Generic;
 using FluentAssertions;
 using Vmm.Core;
 using Vmm.Devices.Pci;
@@ -50,6 +51,21 @@ public sealed class VirtioPciTests : IDisposable
         card.ReadConfig(8, AccessWidth.Byte).Should().Be(1);
         card.WriteConfig(0x10, AccessWidth.Dword, 0xFFFF_FFFF);
         card.ReadConfig(0x10, AccessWidth.Dword).Should().Be(0);
+    }
+
+    [Fact]
+    public void Doorbells_FollowTheBar()
+    {
+        var signal = new Doorbells();
+        using var card = new VirtioPci("rng", new VirtioRng(new Filler()), VirtioPciMode.Transitional, null, signal);
+        _bus.Attach(card, 5);
+        signal.Places.Should().BeEmpty();
+        card.WriteConfig(0x20, AccessWidth.Dword, 0xE000_0000);
+        card.WriteConfig(0x24, AccessWidth.Dword, 1);
+        card.WriteConfig(4, AccessWidth.Word, 6);
+        card.WriteConfig(0x24, AccessWidth.Dword, 0);
+        card.WriteConfig(4, AccessWidth.Word, 0);
+        signal.Places.Should().Equal((0x1_E000_3000UL, 1, 4u), (0xE000_3000UL, 1, 4u), (null, 1, 4u));
     }
 
     [Fact]
@@ -326,5 +342,24 @@ public sealed class VirtioPciTests : IDisposable
         public bool Level { get; private set; }
 
         public void SetPirq(int input, bool asserted) => Level = asserted;
+    }
+
+    private sealed class Doorbells : IDoorbellSignal
+    {
+        public List<(ulong? Address, int Count, uint Stride)> Places { get; } = [];
+
+        public void Place(ulong? guestAddress, int count, uint strideBytes) => Places.Add((guestAddress, count, strideBytes));
+
+        public void Set()
+        {
+        }
+
+        public void Wait()
+        {
+        }
+
+        public void Dispose()
+        {
+        }
     }
 }
