@@ -63,7 +63,7 @@ public static class BlockFactory
                 continue;
             }
 
-            files.Add((spec.Path, !spec.ReadOnly && spec.Bus != DiskBus.Cdrom));
+            files.Add((spec.Path, !spec.ReadOnly && !spec.IsCdrom));
             try
             {
                 MakeIfMissing(spec, FormatOf(spec));

@@ -58,6 +58,14 @@ internal sealed class TcpFlow : IDisposable
     private int _timeoutMs = FirstTimeoutMs;
     private int _retries;
 
+    // Round-trip time (RFC 6298, Karn's rule): a guest on a busy host takes long to answer, and nothing is gained by
+    // sending it everything twice. 0 for _timedSeq's clock means that nothing is being timed.
+    private uint _timedSeq;
+    private long _timedAt;
+    private double _smoothedMs;
+    private double _variationMs;
+    private int _roundTripMs = FirstTimeoutMs;
+
     // Guest to host.
     private byte[]? _pending;
     private int _pendingHead;
@@ -280,6 +288,7 @@ internal sealed class TcpFlow : IDisposable
         }
 
         _timeoutMs = Math.Min(_timeoutMs * 2, MaxTimeoutMs);
+        _timedAt = 0;
         Arm();
         switch (_state)
         {
@@ -290,9 +299,9 @@ internal sealed class TcpFlow : IDisposable
                 SendSyn(Syn | Ack);
                 break;
             default:
-                if (InFlight > 0 && _sndWnd > 0)
+                if (InFlight > 0 && _sndWnd > 0 && _retries > 1)
                 {
-                    // Everything from the first byte that is missing, since all of it may be.
+                    // The first missing segment did not help: everything from there on, since all of it may be lost.
                     _sndNxt = _sndUna;
                     _finSent = false;
                     Pump();
@@ -472,13 +481,18 @@ internal sealed class TcpFlow : IDisposable
             _finSent |= acked > _ringCount;
         }
 
+        if (_timedAt != 0 && (int)(ack - _timedSeq) >= 0)
+        {
+            Measure(Environment.TickCount64 - _timedAt);
+        }
+
         _ringHead = _ring.Length == 0 ? 0 : (_ringHead + bytes) % _ring.Length;
         _ringCount -= bytes;
         _sndUna = ack;
         _sndWnd = window;
         _duplicateAcks = 0;
         _retries = 0;
-        _timeoutMs = FirstTimeoutMs;
+        _timeoutMs = _roundTripMs;
         if (InFlight == 0)
         {
             Disarm();
@@ -742,6 +756,12 @@ internal sealed class TcpFlow : IDisposable
 
     private void Advance(uint count)
     {
+        if (_timedAt == 0 && _sndNxt == _sndMax)
+        {
+            _timedAt = Environment.TickCount64;
+            _timedSeq = _sndNxt + count;
+        }
+
         _sndNxt += count;
         if ((int)(_sndNxt - _sndMax) > 0)
         {
@@ -755,7 +775,25 @@ internal sealed class TcpFlow : IDisposable
     {
         _timeoutAt = 0;
         _retries = 0;
-        _timeoutMs = FirstTimeoutMs;
+        _timeoutMs = _roundTripMs;
+    }
+
+    // RFC 6298 §2; the clock's grain is the network's tick, far below the least timeout.
+    private void Measure(long milliseconds)
+    {
+        _timedAt = 0;
+        if (_smoothedMs == 0)
+        {
+            _smoothedMs = milliseconds;
+            _variationMs = milliseconds / 2.0;
+        }
+        else
+        {
+            _variationMs = (0.75 * _variationMs) + (0.25 * Math.Abs(_smoothedMs - milliseconds));
+            _smoothedMs = (0.875 * _smoothedMs) + (0.125 * milliseconds);
+        }
+
+        _roundTripMs = Math.Clamp((int)(_smoothedMs + (4 * _variationMs)), FirstTimeoutMs, MaxTimeoutMs);
     }
 
     private uint Window() => (uint)(PendingBytes - _pendingCount);
