@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: BSD-2-Clause
-using System;
 using System.Collections.Generic;
 using System.Threading;
 using Vmm.Core;
