@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
 using System.Buffers.Binary;
+using System.Collections.Generic;
 using System.IO;
 using System.Text;
 using Vmm.Config;
@@ -92,7 +93,7 @@ internal sealed class FirmwareWiring
 
     /// <summary>Tells firmware about the machine.</summary>
     public static void Describe(
-        MachineParts parts, MachineSpec spec, MemoryLayout layout, PciBus bus, Mc146818 rtc, StorageWiring storage, AcpiPm pm)
+        MachineParts parts, MachineSpec spec, MemoryLayout layout, PciBus bus, Mc146818 rtc, StorageWiring storage, AcpiPm pm, Smbios smbios)
     {
         bool hasVga = parts.Display is Vga;
         rtc.SetMemorySize(layout.LowBytes, layout.HighBytes);
@@ -104,16 +105,24 @@ internal sealed class FirmwareWiring
         config.AddNumber(FwCfgKey.NoGraphic, hasVga ? 0UL : 1UL, 2);
         config.AddNumber(FwCfgKey.BootMenu, spec.Boot.Menu ? 1UL : 0, 2);
         config.AddNumber(FwCfgKey.Irq0Override, 1, 4);
-        config.AddFile("etc/e820", MemoryMap(layout));
+        config.AddFile("etc/e820", MemoryMap(layout, spec.VmGenId));
         config.AddFile("bootorder", Encoding.ASCII.GetBytes(storage.BootOrder(spec.Boot.Order) + "\0"));
-        FwCfgAcpi.AddTo(config, TableSlackBytes, () => AcpiTables.Build(Acpi(spec, layout, bus, storage, pm, hasVga)));
+        FwCfgAcpi.AddTo(config, TableSlackBytes, () => AcpiTables.Build(Acpi(parts, spec, layout, bus, storage, pm, hasVga)));
+        smbios.AddTo(config);
+        config.Add(FwCfgKey.Uuid, UuidBytes(spec));
         parts.Devices.Add(config);
         bus.Ports.Map(FwCfg.Port, config);
     }
 
     // As firmware has set the machine up by now: the port of the power management block, the windows that hold the BARs.
     private static AcpiSpec Acpi(
-        MachineSpec spec, MemoryLayout layout, PciBus bus, StorageWiring storage, AcpiPm pm, bool hasVga)
+        MachineParts parts,
+        MachineSpec spec,
+        MemoryLayout layout,
+        PciBus bus,
+        StorageWiring storage,
+        AcpiPm pm,
+        bool hasVga)
     {
         PciApertures found = PciApertures.Find(bus);
         ulong low = found.LowStart >= layout.LowBytes && found.LowStart != 0
@@ -131,22 +140,40 @@ internal sealed class FirmwareWiring
             HasFloppy = storage.Floppies is not null,
             PmBase = pm.RegisterPort,
             PciWindowStart = (uint)low,
+            Nodes = parts.AcpiNodes,
             PciWindow64Start = high,
             PciWindow64Bytes = found.HighEnd == 0 ? 0 : ((found.HighEnd + Unit - 1) & ~(Unit - 1)) - high,
         };
     }
 
-    // Entries of address, length and type (1 is RAM), 20 bytes each.
-    private static byte[] MemoryMap(MemoryLayout layout)
+    private static byte[] UuidBytes(MachineSpec spec)
     {
-        byte[] map = new byte[layout.HighBytes > 0 ? 40 : 20];
-        BinaryPrimitives.WriteUInt64LittleEndian(map.AsSpan(8), layout.LowBytes);
-        map[16] = 1;
+        byte[] bytes = new byte[16];
+        MachineTables.UuidOf(spec).TryWriteBytes(bytes, bigEndian: true, out _);
+        return bytes;
+    }
+
+    // Entries of address, length and type, 20 bytes each.
+    private static byte[] MemoryMap(MemoryLayout layout, bool hasGenerationId)
+    {
+        var entries = new List<E820Entry> { new(0, layout.LowBytes, E820Kind.Usable) };
         if (layout.HighBytes > 0)
         {
-            BinaryPrimitives.WriteUInt64LittleEndian(map.AsSpan(20), MemoryLayout.HoleEnd);
-            BinaryPrimitives.WriteUInt64LittleEndian(map.AsSpan(28), layout.HighBytes);
-            map[36] = 1;
+            entries.Add(new E820Entry(MemoryLayout.HoleEnd, layout.HighBytes, E820Kind.Usable));
+        }
+
+        if (hasGenerationId)
+        {
+            entries.Add(new E820Entry(VmGenId.Address, RamBlock.PageBytes, E820Kind.Reserved));
+        }
+
+        byte[] map = new byte[entries.Count * 20];
+        for (int i = 0; i < entries.Count; i++)
+        {
+            Span<byte> entry = map.AsSpan(i * 20);
+            BinaryPrimitives.WriteUInt64LittleEndian(entry, entries[i].Start);
+            BinaryPrimitives.WriteUInt64LittleEndian(entry[8..], entries[i].LengthBytes);
+            BinaryPrimitives.WriteUInt32LittleEndian(entry[16..], (uint)entries[i].Kind);
         }
 
         return map;

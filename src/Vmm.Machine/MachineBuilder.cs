@@ -223,8 +223,6 @@ public sealed class MachineBuilder : IDisposable
     // Keys that the definition knows and no part of this machine serves yet. Refusing is better than ignoring.
     private void RefuseUnsupported()
     {
-        Refuse(_spec.Uuid is not null, "uuid: SMBIOS tables are");
-        Refuse(_spec.VmGenId, "vmgenid: the device is");
         Refuse(_spec.Clock.Source == ClockSource.Icount, "clock: icount is");
 
         static void Refuse(bool asked, string what)
@@ -286,6 +284,11 @@ public sealed class MachineBuilder : IDisposable
         Attach(parts, bus, pm, 1, 3);
         _ports.Map(AcpiPm.ApmPort, pm.ApmWindow);
         parts.PowerButton = pm.PressPowerButton;
+        if (_spec.VmGenId)
+        {
+            AddGenerationId(parts, pm);
+        }
+
         I8042? keyboard = null;
         if (firmware is not null || _spec.Display.Vga != VgaModel.None)
         {
@@ -319,11 +322,21 @@ public sealed class MachineBuilder : IDisposable
         ScreenWiring.Serve(parts, _spec, keyboard, cards.Inputs, usb);
         if (firmware is not null)
         {
-            FirmwareWiring.Describe(parts, _spec, _layout, bus, rtc, storage, pm);
+            FirmwareWiring.Describe(parts, _spec, _layout, bus, rtc, storage, pm, MachineTables.MakeSmbios(parts, _spec));
             _ports.Map(DebugConsolePort.FirmwarePort, new DebugConsolePort(_chars.Make("firmware", new CharSpec(CharKind.Log))));
         }
 
         return bus;
+    }
+
+    private void AddGenerationId(MachineParts parts, AcpiPm pm)
+    {
+        var page = new RamBlock("vmgenid", HostMemory.Allocate(RamBlock.PageBytes), RamBlock.PageBytes);
+        parts.Resources.Add(page);
+        parts.Blocks.Add(page);
+        _ = _memory.Map(VmGenId.Address, page, 0, page.LengthBytes, RamAccess.ReadOnly, priority: 1);
+        Add(parts, new VmGenId(page, Guid.NewGuid, () => pm.RaiseGpe(VmGenId.Event)), out VmGenId device);
+        parts.AcpiNodes.Add(device);
     }
 
     private void Boot(MachineParts parts, PciBus bus)
@@ -333,35 +346,12 @@ public sealed class MachineBuilder : IDisposable
         if (_spec.Boot.Kernel is { } kernel)
         {
             PciAllocator.Assign(bus, (uint)MemoryLayout.HoleStart, 0xFEC00000);
-            ulong rsdp = WriteTables(parts);
+            ulong rsdp = MachineTables.Write(parts, _spec, bus);
             DirectBoot.Load(
                 new DirectBootRequest(kernel, _spec.Boot.Initrd, _spec.Boot.Cmdline), _memory, _layout, rsdp, state);
         }
 
         parts.Vcpus[0].WriteState(state);
-    }
-
-    private ulong WriteTables(MachineParts parts)
-    {
-        AcpiBlob blob = AcpiTables.Build(new AcpiSpec
-        {
-            Cpus = _spec.Cpus.Count,
-            SerialPorts = _spec.Serial.Count,
-            HasHpet = true,
-            HasVga = parts.Display is Vga,
-            HasKeyboardController = parts.Display is not null,
-        });
-        const ulong Rsdp = MemoryLayout.TablesStart;
-        const ulong Tables = Rsdp + 64;
-        byte[] placed = blob.PlaceAt(Tables);
-        if ((ulong)placed.Length > MemoryLayout.TablesEnd - Tables)
-        {
-            throw new BootException("cpus: too many for the ACPI tables");
-        }
-
-        _memory.TryWrite(Tables, placed);
-        _memory.TryWrite(Rsdp, blob.RootPointer(Tables));
-        return Rsdp;
     }
 
     private static void Add<T>(MachineParts parts, T device, out T same)

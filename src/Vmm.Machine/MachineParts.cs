@@ -2,6 +2,7 @@
 using System;
 using System.Collections.Generic;
 using Vmm.Core;
+using Vmm.Devices.Firmware;
 using Vmm.Devices.Virtio;
 using Vmm.Memory;
 
@@ -59,6 +60,9 @@ internal sealed class MachineParts
 
     /// <summary>RAM blocks and back ends; owned, disposed last.</summary>
     public List<IDisposable> Resources { get; } = [];
+
+    /// <summary>What devices add to the ACPI namespace.</summary>
+    public List<IAcpiNode> AcpiNodes { get; } = [];
 
     /// <summary>What a viewer sees, or null.</summary>
     public IDisplaySurface? Display { get; set; }

@@ -177,6 +177,14 @@ public sealed class Aml
     /// <summary>FindSetRightBit (source, target).</summary>
     public Aml FindSetRightBit(Action<Aml> source, Action<Aml> target) => Operator(0x82, source, target);
 
+    /// <summary>Notify (object, value) (§20.2.5.3).</summary>
+    public Aml Notify(string name, ulong value)
+    {
+        Raw(0x86);
+        Path(name);
+        return Integer(value);
+    }
+
     /// <summary>Decrement (target).</summary>
     public Aml Decrement(Action<Aml> target)
     {

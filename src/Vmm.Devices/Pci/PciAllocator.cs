@@ -13,7 +13,8 @@ namespace Vmm.Devices.Pci;
 /// </summary>
 public static class PciAllocator
 {
-    private static ReadOnlySpan<byte> PirqIrqs => [10, 10, 11, 11];
+    /// <summary>ISA lines that the router's four inputs are led to.</summary>
+    public static ReadOnlySpan<byte> PirqIrqs => [10, 10, 11, 11];
 
     /// <summary>Assigns the resources of all functions.</summary>
     /// <param name="bus">The bus, after reset.</param>
