@@ -44,6 +44,7 @@ internal static class CommandLine
             ControlCommands.Reset(context),
             ControlCommands.Screenshot(context),
             ControlCommands.Balloon(context),
+            ControlCommands.Media(context),
             ControlCommands.Snapshot(context),
             ConsoleCommand.Create(context),
             LogCommand.Create(context),

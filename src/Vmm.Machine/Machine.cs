@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: BSD-2-Clause
-using System;
 using System.Collections.Generic;
 using System.IO;
 using System.Threading;
+using System;
+using Vmm.Config;
 using Vmm.Core;
+using Vmm.Devices.Storage;
 using Vmm.Devices.Virtio;
+using Vmm.Machine.Boot;
 using Vmm.Memory;
 
 namespace Vmm.Machine;
@@ -208,6 +211,56 @@ public sealed class Machine : IVcpuOwner, IDisposable
     public long? GuestMemoryBytes => _parts.Balloon is { } balloon
         ? (long)_parts.Layout.MemoryBytes - ((long)balloon.ActualPages * VirtioBalloon.PageBytes)
         : null;
+
+    /// <summary>Puts another disc into a CD-ROM drive, or none. Any thread but a vCPU's or a disk's.</summary>
+    /// <param name="drive">"cdrom0" and so on, in the order of the definition.</param>
+    /// <param name="path">The image; null takes the disc out.</param>
+    /// <param name="force">Also when the guest has locked the tray.</param>
+    /// <param name="refusal">One line for people when the answer is false.</param>
+    public bool TryChangeMedium(string drive, string? path, bool force, out string refusal)
+    {
+        lock (_control)
+        {
+            if (!_parts.Cdroms.TryGetValue(drive, out AtapiCdrom? cdrom))
+            {
+                refusal = $"this VM has no drive {drive}; it has " +
+                    (_parts.Cdroms.Count == 0 ? "no CD-ROM drive" : string.Join(", ", _parts.Cdroms.Keys));
+                return false;
+            }
+
+            IBlockBackend? medium = null;
+            try
+            {
+                medium = path is null ? null : BlockFactory.Open(new DiskSpec { Path = path, Bus = DiskBus.Cdrom }, drive);
+            }
+            catch (BootException e)
+            {
+                refusal = e.Message;
+                return false;
+            }
+
+            if (!cdrom.TryChangeMedium(medium, force, out IBlockBackend? old))
+            {
+                medium?.Dispose();
+                refusal = $"the guest has locked {drive}, and was asked to let go of the disc; try again, or use --force";
+                return false;
+            }
+
+            if (medium is not null)
+            {
+                _parts.Resources.Add(medium);
+            }
+
+            if (old is not null)
+            {
+                _parts.Resources.Remove(old);
+                old.Dispose();
+            }
+
+            refusal = string.Empty;
+            return true;
+        }
+    }
 
     /// <summary>Reads what the driver logged into the page flags (display, snapshots).</summary>
     public void CollectDirty() => _parts.Slots.CollectDirty();

@@ -3,7 +3,6 @@ using System;
 using System.Collections.Generic;
 using Vmm.Config;
 using Vmm.Core;
-using Vmm.Devices.Display;
 using Vmm.Devices.Firmware;
 using Vmm.Devices.Input;
 using Vmm.Devices.Legacy;
@@ -279,6 +278,7 @@ public sealed class MachineBuilder : IDisposable
         Attach(parts, bus, isaBridge, 1);
         bus.Router = isaBridge;
         StorageWiring storage = StorageWiring.Add(parts, _spec, bus, isaLines);
+        parts.Cdroms = storage.Cdroms;
         rtc.SetRam(StorageWiring.CmosFloppyTypes, storage.FloppyTypes);
         var pm = new AcpiPm(_clock, interrupts.Line(9), _system);
         Attach(parts, bus, pm, 1, 3);

@@ -3,6 +3,7 @@ using System;
 using System.Collections.Generic;
 using Vmm.Core;
 using Vmm.Devices.Firmware;
+using Vmm.Devices.Storage;
 using Vmm.Devices.Virtio;
 using Vmm.Memory;
 
@@ -63,6 +64,9 @@ internal sealed class MachineParts
 
     /// <summary>What devices add to the ACPI namespace.</summary>
     public List<IAcpiNode> AcpiNodes { get; } = [];
+
+    /// <summary>CD-ROM drives by name, for changing media.</summary>
+    public IReadOnlyDictionary<string, AtapiCdrom> Cdroms { get; set; } = new Dictionary<string, AtapiCdrom>(StringComparer.Ordinal);
 
     /// <summary>What a viewer sees, or null.</summary>
     public IDisplaySurface? Display { get; set; }

@@ -205,6 +205,9 @@ public sealed class ControlTests : IAsyncLifetime
 
         public long GuestMemory() => 48 << 20;
 
+        public void ChangeMedium(string drive, string? path, bool force) =>
+            Calls.Add($"medium {drive} {path ?? "-"} {force}");
+
         public void Save(string path) => Calls.Add("save " + path);
     }
 

@@ -288,6 +288,46 @@ internal static class ControlCommands
         return command;
     }
 
+    internal static Command Media(CommandContext context)
+    {
+        var command = new Command("media", "Put a disc image into a VM's CD-ROM drive, or take the disc out.");
+        var arguments = new VmArguments(command);
+        var drive = new Argument<string>("drive") { Description = "cdrom0, cdrom1: in the order of the definition." };
+        var file = new Argument<string>("file") { Description = "Image; left out: eject.", Arity = ArgumentArity.ZeroOrOne };
+        var force = new Option<bool>("--force") { Description = "Also when the guest has locked the tray." };
+        command.Add(drive);
+        command.Add(file);
+        command.Add(force);
+        command.SetAction(async (result, cancellation) =>
+        {
+            using FleetAccess fleet = arguments.Open(result);
+            using ControlClient client = await fleet.ConnectAsync(arguments.One(result), cancellation).ConfigureAwait(false);
+            string? image = result.GetValue(file);
+            void Write(Utf8JsonWriter json)
+            {
+                json.WriteString("device", result.GetValue(drive));
+                json.WriteBoolean("force", result.GetValue(force));
+                if (image is not null)
+                {
+                    json.WriteString("filename", Path.GetFullPath(image));
+                }
+            }
+
+            try
+            {
+                string word = image is null ? "eject" : "blockdev-change-medium";
+                await client.ExecuteAsync(word, Write, cancellation).ConfigureAwait(false);
+            }
+            catch (ControlException refused)
+            {
+                throw new CommandException(ExitStatus.Failed, refused.Message);
+            }
+
+            return ExitStatus.Ok;
+        });
+        return command;
+    }
+
     internal static Command Balloon(CommandContext context)
     {
         var command = new Command("balloon", "Say how much memory a VM's guest keeps, or ask it to keep no more than SIZE.");

@@ -85,6 +85,14 @@ internal sealed class MachineControl : IMachineControl
 
     public long GuestMemory() => _machine.GuestMemoryBytes ?? throw new ControlException("this VM has no balloon");
 
+    public void ChangeMedium(string drive, string? path, bool force)
+    {
+        if (!_machine.TryChangeMedium(drive, path, force, out string refusal))
+        {
+            throw new ControlException(refusal);
+        }
+    }
+
     public void Save(string path)
     {
         _machine.Pause();

@@ -32,7 +32,7 @@ public sealed class ControlServer : IAsyncDisposable
 
     private static readonly string[] s_commands =
     [
-        "balloon", "cont", "qmp_capabilities", "query-balloon", "query-commands", "query-name", "query-status",
+        "balloon", "blockdev-change-medium", "cont", "eject", "qmp_capabilities", "query-balloon", "query-commands", "query-name", "query-status",
         "query-version", "quit", "screendump", "stop", "system_powerdown", "system_reset", "vmm-console-tail", "vmm-save",
         "vmm-screen", "vmm-screen-text", "vmm-status",
     ];
@@ -276,6 +276,12 @@ public sealed class ControlServer : IAsyncDisposable
             case "query-balloon":
                 long actual = _machine.GuestMemory();
                 return Return(id, json => json.WriteNumber("actual", actual));
+            case "blockdev-change-medium":
+                _machine.ChangeMedium(Text("device", arguments), Path("filename", arguments), Flag("force", arguments));
+                return Done(id);
+            case "eject":
+                _machine.ChangeMedium(Text("device", arguments), null, Flag("force", arguments));
+                return Done(id);
             case "vmm-save":
                 _machine.Save(Path("filename", arguments));
                 return Done(id);
@@ -294,6 +300,16 @@ public sealed class ControlServer : IAsyncDisposable
 
         throw new ControlException($"needs \"{name}\", an absolute path");
     }
+
+    private static string Text(string name, JsonElement arguments) =>
+        arguments.ValueKind == JsonValueKind.Object && arguments.TryGetProperty(name, out JsonElement value)
+            && value.ValueKind == JsonValueKind.String
+            ? value.GetString()!
+            : throw new ControlException($"needs \"{name}\", a name");
+
+    private static bool Flag(string name, JsonElement arguments) =>
+        arguments.ValueKind == JsonValueKind.Object && arguments.TryGetProperty(name, out JsonElement value)
+            && value.ValueKind == JsonValueKind.True;
 
     private static int Number(string name, JsonElement arguments, int otherwise, int maximum) =>
         arguments.ValueKind == JsonValueKind.Object && arguments.TryGetProperty(name, out JsonElement value)

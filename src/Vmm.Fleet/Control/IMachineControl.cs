@@ -98,6 +98,12 @@ public interface IMachineControl
     /// <summary>Memory that the guest keeps according to its balloon driver, in bytes.</summary>
     long GuestMemory();
 
+    /// <summary>Puts another disc into a CD-ROM drive, or none.</summary>
+    /// <param name="drive">"cdrom0", "cdrom1": in the order of the definition.</param>
+    /// <param name="path">Absolute path of the image; null takes the disc out.</param>
+    /// <param name="force">Also when the guest has locked the tray.</param>
+    void ChangeMedium(string drive, string? path, bool force);
+
     /// <summary>Saves the machine's state to a file; the machine is paused and stays so.</summary>
     void Save(string path);
 }
