@@ -38,7 +38,7 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         _cpu->Blocks.Hash = (Block**)Allocate<nint>(BlockCache.Buckets, 64);
         _cpu->Blocks.Arena = (byte*)NativeMemory.AlignedAlloc((nuint)BlockCache.ArenaBytes, 64);
         _cpu->Safe = 1;
-        SetCpuid(CpuidTable.Build(vm.Thunks is not null).ToArray());
+        SetCpuid(CpuidTable.Build(vm.Thunks is not null, vm.Translate && vm.Thunks is not null).ToArray());
         OpenTranslator();
         PowerOn();
     }

@@ -14,7 +14,7 @@ namespace Vmm.Host.Sandbox;
 // not known when the filter is put in place. What each role was seen to need (strace of VMs with every device, under the
 // software CPU and KVM, through start, console, VNC, snapshot, pause and end) decides what is on the list:
 //
-//   vCPU            ioctl (KVM), futex, rt_sigtimedwait, tgkill, sched_yield, mmap, mprotect, madvise
+//   vCPU            ioctl (KVM), arch_prctl (GS for translated code), futex, rt_sigtimedwait, tgkill, sched_yield, mmap, mprotect, madvise
 //   workers, disks  pread64, pwrite64, preadv, pwritev, fdatasync, fsync, fallocate, ftruncate, futex
 //   networks, VNC,  socket, bind, connect, listen, accept4, sendto, sendmsg, recvfrom, recvmsg, poll, ppoll, eventfd2, ioctl
 //   consoles
@@ -63,7 +63,7 @@ public static class SystemCallFilter
         ("getcwd", 79), ("rename", 82), ("mkdir", 83), ("rmdir", 84), ("unlink", 87), ("readlink", 89), ("chmod", 90), ("fchmod", 91),
         ("umask", 95), ("gettimeofday", 96), ("getrlimit", 97), ("getrusage", 98), ("sysinfo", 99), ("times", 100), ("getuid", 102),
         ("getgid", 104), ("geteuid", 107), ("getegid", 108), ("getppid", 110), ("rt_sigpending", 127), ("rt_sigtimedwait", 128),
-        ("sigaltstack", 131), ("statfs", 137), ("fstatfs", 138), ("gettid", 186), ("time", 201), ("futex", 202),
+        ("sigaltstack", 131), ("statfs", 137), ("fstatfs", 138), ("arch_prctl", 158), ("gettid", 186), ("time", 201), ("futex", 202),
         ("sched_setaffinity", 203), ("sched_getaffinity", 204), ("getdents64", 217), ("restart_syscall", 219), ("fadvise64", 221),
         ("clock_gettime", 228), ("clock_getres", 229), ("clock_nanosleep", 230), ("exit_group", 231), ("epoll_wait", 232),
         ("epoll_ctl", 233), ("get_mempolicy", 239), ("openat", 257), ("mkdirat", 258), ("newfstatat", 262), ("unlinkat", 263),

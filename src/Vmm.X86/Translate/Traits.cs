@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using System.Runtime.Intrinsics.X86;
 using Iced.Intel;
 
 namespace Vmm.X86;
@@ -65,6 +66,10 @@ internal sealed unsafe class TraitsTable
     public const byte AllFlags = (byte)(RflagsBits.OF | RflagsBits.SF | RflagsBits.ZF | RflagsBits.AF | RflagsBits.CF |
         RflagsBits.PF);
 
+    private static readonly int s_leaf1 = X86Base.CpuId(1, 0).Ecx;
+    private static readonly int s_leaf7 = X86Base.CpuId(7, 0).Ebx;
+    private static readonly int s_leaf81 = X86Base.CpuId(unchecked((int)0x80000001), 0).Ecx;
+
     private readonly InsnTraits[] _table = new InsnTraits[16384];
     private readonly InstructionInfoFactory _info = new();
     private readonly SoftVcpu _vcpu;
@@ -103,7 +108,7 @@ internal sealed unsafe class TraitsTable
     private InsnTraits Classify(Instruction instruction)
     {
         var traits = new InsnTraits { Kind = InsnKind.Handler, Reads = AllFlags };
-        if (!_vcpu.IsOffered(instruction.Code))
+        if (!_vcpu.IsOffered(instruction.Code) || !HostHas(instruction.Code))
         {
             return traits;
         }
@@ -143,6 +148,31 @@ internal sealed unsafe class TraitsTable
         }
 
         return traits;
+    }
+
+    // The guest is offered some instructions that the interpreter executes without the host's help.
+    private static bool HostHas(Code code)
+    {
+        foreach (CpuidFeature feature in code.CpuidFeatures())
+        {
+            bool has = feature switch
+            {
+                CpuidFeature.BMI1 => (s_leaf7 & (1 << 3)) != 0,
+                CpuidFeature.BMI2 => (s_leaf7 & (1 << 8)) != 0,
+                CpuidFeature.ADX => (s_leaf7 & (1 << 19)) != 0,
+                CpuidFeature.LZCNT => (s_leaf81 & (1 << 5)) != 0,
+                CpuidFeature.POPCNT => (s_leaf1 & (1 << 23)) != 0,
+                CpuidFeature.MOVBE => (s_leaf1 & (1 << 22)) != 0,
+                CpuidFeature.SSE4_2 => (s_leaf1 & (1 << 20)) != 0,
+                _ => true,
+            };
+            if (!has)
+            {
+                return false;
+            }
+        }
+
+        return true;
     }
 
     private InsnKind KindOf(in Instruction instruction, ref InsnTraits traits)
