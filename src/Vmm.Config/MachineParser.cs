@@ -40,6 +40,7 @@ internal static class MachineParser
             Vsock = Vsock(map),
             Shares = Shares(map),
             DebugExit = DebugExit(map),
+            TestDevice = map.Flag("testdev", false),
             PvPanic = map.Flag("pvpanic", false),
             VmGenId = map.Flag("vmgenid", false),
             Watchdog = map.Choice("watchdog", WatchdogAction.None, Words.Watchdog),

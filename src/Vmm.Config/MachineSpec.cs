@@ -577,6 +577,9 @@ public sealed record MachineSpec
     /// <summary>I/O port of the debug-exit device, or null.</summary>
     public ushort? DebugExit { get; init; }
 
+    /// <summary>The devices that kvm-unit-tests needs: pc-testdev, pci-testdev, fw_cfg.</summary>
+    public bool TestDevice { get; init; }
+
     /// <summary>pvpanic device.</summary>
     public bool PvPanic { get; init; }
 

@@ -75,6 +75,7 @@ public static class SpecWriter
             yaml.Raw("debug-exit", "0x" + port.ToString("x", CultureInfo.InvariantCulture));
         }
 
+        yaml.Flag("testdev", spec.TestDevice, false);
         WriteCloudInit(yaml, spec.CloudInit);
         WriteRestart(yaml, spec.Restart, plain.Restart);
         yaml.List("after", spec.After);

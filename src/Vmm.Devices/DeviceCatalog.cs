@@ -61,6 +61,7 @@ public static class DeviceCatalog
         new("Vga", DeviceBus.Pci, "VGA with Bochs VBE", "IBM VGA/XGA Technical Reference"),
         new("Xhci", DeviceBus.Pci, "USB host controller", "xHCI 1.1"),
         new("I6300Esb", DeviceBus.Pci, "watchdog", "Intel 6300ESB, 300641"),
+        new("PciTestCard", DeviceBus.Pci, "test card", "QEMU docs/specs/pci-testdev"),
         new("VirtioPci", DeviceBus.Pci, "virtio transport over PCI", "VIRTIO 1.2 §4.1"),
         new("UsbKeyboard", DeviceBus.Usb, "keyboard", "HID 1.11 appendix B"),
         new("UsbTablet", DeviceBus.Usb, "absolute pointer", "HID 1.11"),

@@ -98,10 +98,7 @@ internal sealed class FirmwareWiring
         bool hasVga = parts.Display is Vga;
         rtc.SetMemorySize(layout.LowBytes, layout.HighBytes);
         rtc.SetRam(CmosCpuCount, (byte)(spec.Cpus.Count - 1));
-        var config = new FwCfg(bus.Memory);
-        config.AddNumber(FwCfgKey.RamSize, layout.MemoryBytes, 8);
-        config.AddNumber(FwCfgKey.CpuCount, (ulong)spec.Cpus.Count, 2);
-        config.AddNumber(FwCfgKey.MaxCpus, (ulong)spec.Cpus.Count, 2);
+        FwCfg config = AddFwCfg(parts, spec, layout, bus);
         config.AddNumber(FwCfgKey.NoGraphic, hasVga ? 0UL : 1UL, 2);
         config.AddNumber(FwCfgKey.BootMenu, spec.Boot.Menu ? 1UL : 0, 2);
         config.AddNumber(FwCfgKey.Irq0Override, 1, 4);
@@ -110,8 +107,18 @@ internal sealed class FirmwareWiring
         FwCfgAcpi.AddTo(config, TableSlackBytes, () => AcpiTables.Build(Acpi(parts, spec, layout, bus, storage, pm, hasVga)));
         smbios.AddTo(config);
         config.Add(FwCfgKey.Uuid, UuidBytes(spec));
+    }
+
+    /// <summary>Adds fw_cfg with the size of memory and the number of processors, which is what test kernels read.</summary>
+    public static FwCfg AddFwCfg(MachineParts parts, MachineSpec spec, MemoryLayout layout, PciBus bus)
+    {
+        var config = new FwCfg(bus.Memory);
+        config.AddNumber(FwCfgKey.RamSize, layout.MemoryBytes, 8);
+        config.AddNumber(FwCfgKey.CpuCount, (ulong)spec.Cpus.Count, 2);
+        config.AddNumber(FwCfgKey.MaxCpus, (ulong)spec.Cpus.Count, 2);
         parts.Devices.Add(config);
         bus.Ports.Map(FwCfg.Port, config);
+        return config;
     }
 
     // As firmware has set the machine up by now: the port of the power management block, the windows that hold the BARs.

@@ -258,6 +258,14 @@ public sealed class MachineBuilder : IDisposable
             _ports.Map(exitPort, new DebugExitPort(_system), priority: 1);
         }
 
+        if (_spec.TestDevice)
+        {
+            var test = new PcTestDevice(interrupts.Pins());
+            _ports.Map(PcTestDevice.IrqPort, test);
+            _ports.Map(PcTestDevice.EchoPort, test.EchoPorts);
+            _mmio.Map(PcTestDevice.EchoAddress, test.EchoPage);
+        }
+
         if (_spec.PvPanic)
         {
             _ports.Map(PvPanic.Port, new PvPanic(_system));
@@ -320,6 +328,18 @@ public sealed class MachineBuilder : IDisposable
         }
 
         ScreenWiring.Serve(parts, _spec, keyboard, cards.Inputs, usb);
+        if (_spec.TestDevice)
+        {
+            var card = new PciTestCard();
+            bus.AttachNext(card);
+            parts.Devices.Add(card);
+        }
+
+        if (firmware is null && _spec.TestDevice)
+        {
+            FirmwareWiring.AddFwCfg(parts, _spec, _layout, bus);
+        }
+
         if (firmware is not null)
         {
             FirmwareWiring.Describe(parts, _spec, _layout, bus, rtc, storage, pm, MachineTables.MakeSmbios(parts, _spec));

@@ -37,6 +37,7 @@ internal static class CpuFeature
     public const ulong Vme = 1UL << 24;
     public const ulong Page1G = 1UL << 25;
     public const ulong AutoIbrs = 1UL << 26;
+    public const ulong Amd = 1UL << 27;
 }
 
 /// <summary>
@@ -80,7 +81,7 @@ internal static class CpuidTable
         Add(leaves, 6, 0x4, 0, 0, 0);                                // ARAT
 
         uint b7 = Bits(0, 1, 3, 7, 8, 9, 10, 18, 19, 20, 23);        // FSGSBASE TSC_ADJUST BMI1 SMEP BMI2 ERMS INVPCID RDSEED ADX SMAP CLFLUSHOPT
-        b7 |= Bits(24) | (host.Leaf7B & Bits(5, 29));                // CLWB; AVX2 SHA
+        b7 |= Bits(22, 24) | (host.Leaf7B & Bits(5, 29));                // PCOMMIT CLWB; AVX2 SHA
         uint c7 = Bits(2, 3, 16, 22);                                // UMIP PKU LA57 RDPID
         c7 &= translates ? ~Bits(16) : ~0U;
         c7 |= host.Leaf7C & Bits(8, 9, 10);                          // GFNI VAES VPCLMULQDQ
@@ -129,7 +130,7 @@ internal static class CpuidTable
         CpuidEntry extended = find(0x80000001, 0);
         CpuidEntry eight = find(0x80000008, 0);
         CpuidEntry twentyOne = find(0x80000021, 0);
-        ulong features = 0;
+        ulong features = find(0, 0).Ebx == Vendor().B ? CpuFeature.Amd : 0;
         Set(ref features, CpuFeature.LongMode, extended.Edx, 29);
         Set(ref features, CpuFeature.NoExecute, extended.Edx, 20);
         Set(ref features, CpuFeature.Syscall, extended.Edx, 11);

@@ -123,7 +123,7 @@ internal static unsafe class Msrs
             case KernelGsBase:
             case SysenterEsp:
             case SysenterEip:
-                if (!Paging.IsCanonical(cpu, value))
+                if (!Paging.IsCanonicalRegister(cpu, value))
                 {
                     return false;
                 }
@@ -211,7 +211,7 @@ internal static unsafe class Msrs
                 return TryWriteEfer(cpu, value);
             case FsBase:
             case GsBase:
-                if (!Paging.IsCanonical(cpu, value))
+                if (!Paging.IsCanonicalRegister(cpu, value))
                 {
                     return false;
                 }

@@ -65,6 +65,17 @@ internal static unsafe class Paging
         return (ulong)((long)(linear << shift) >> shift) == linear;
     }
 
+    /// <summary>
+    /// True when an address may be loaded into a register that holds addresses (bases of segments and tables, MSRs,
+    /// INVPCID's operand). These checks take the width that the processor has, not the one that CR4.LA57 chooses now
+    /// (Intel 335252, 5-level paging, section 2.2.2).
+    /// </summary>
+    public static bool IsCanonicalRegister(CpuContext* cpu, ulong linear)
+    {
+        int shift = (cpu->Features & CpuFeature.La57) != 0 ? 7 : 16;
+        return (ulong)((long)(linear << shift) >> shift) == linear;
+    }
+
     /// <summary>Translates one byte's address; false after raising #PF or #GP for a non-canonical address.</summary>
     public static bool Translate(
         CpuContext* cpu, ulong linear, Access access, MmuMode mode, out Translation translation)

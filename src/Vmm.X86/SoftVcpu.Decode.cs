@@ -405,7 +405,7 @@ public sealed unsafe partial class SoftVcpu
 
     private void DecodeOne(int size, byte* bytes, int available, int offset, out Instruction instruction)
     {
-        Decoder decoder = _decoders[size] ??= Decoder.Create(16 << size, _reader, DecoderOptions.None);
+        Decoder decoder = _decoders[size] ??= Decoder.Create(16 << size, _reader, DecoderOptions.Pcommit);
         _reader.Set(bytes, available);
         decoder.IP = (ulong)offset;
         decoder.Decode(out instruction);

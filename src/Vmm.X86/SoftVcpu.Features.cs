@@ -84,6 +84,8 @@ public sealed unsafe partial class SoftVcpu
                 return Bit7B(23);
             case CpuidFeature.CLWB:
                 return Bit7B(24);
+            case CpuidFeature.PCOMMIT:
+                return Bit7B(22);
             case CpuidFeature.FXSR:
                 return Bit1D(24);
             case CpuidFeature.MSR:

@@ -219,7 +219,15 @@ public sealed unsafe partial class SoftVcpu
             return true;
         }
 
-        if (cpu->NmiBlocked == 0 && (cpu->NmiPending != 0 || _interrupts.HasNmi))
+        if (cpu->NmiBlocked != 0)
+        {
+            // One NMI waits for IRET, however many come (SDM 3A 6.7.1).
+            while (_interrupts.HasNmi && _interrupts.TakeNmi())
+            {
+                cpu->NmiPending = 1;
+            }
+        }
+        else if (cpu->NmiPending != 0 || _interrupts.HasNmi)
         {
             if (cpu->NmiPending != 0 || _interrupts.TakeNmi())
             {
@@ -282,7 +290,10 @@ public sealed unsafe partial class SoftVcpu
         bool trap = (cpu->RflagsSystem & Rflags.Tf) != 0;
         bool watched = (cpu->Dr7 & 0xFF) != 0;
         bool single = trap || watched || shadow != 0;
-        if (watched && (shadow & 2) == 0 && (cpu->RflagsSystem & Rflags.Rf) == 0)
+
+        // MOV SS holds code breakpoints back on Intel's processors (SDM 3A 6.8.3), not on AMD's.
+        bool heldBack = (shadow & 2) != 0 && (cpu->Features & CpuFeature.Amd) == 0;
+        if (watched && !heldBack && (cpu->RflagsSystem & Rflags.Rf) == 0)
         {
             ulong linear = CpuContext.Segment(cpu, Seg.Cs)->EffectiveBase + cpu->Rip;
             uint hit = Breakpoints.Instruction(cpu, cpu->Mode == ProcessorMode.Long ? linear : linear & 0xFFFFFFFF);

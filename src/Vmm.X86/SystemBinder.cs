@@ -108,6 +108,9 @@ internal static unsafe class SystemBinder
             case Mnemonic.Clflushopt:
             case Mnemonic.Clwb:
                 return &SystemGroup.Clflush;
+            case Mnemonic.Pcommit:
+                // Guest memory is not persistent: there is nothing to commit.
+                return &Misc.Nop;
             case Mnemonic.Monitor:
                 return &SystemGroup.Monitor;
             case Mnemonic.Mwait:

@@ -375,10 +375,50 @@ public sealed class ApicTests
         value.Should().Be(0);
         Write(0, 0x0B0, 0);
         _apics[0].TryWriteMsr(0x6E0, 1);
-        _clock.Advance(1);
         _apics[0].HasInterrupt.Should().BeTrue("a deadline in the past fires at once");
         Write(0, 0x380, 77);
         Read(0, 0x380).Should().Be(0, "the initial count is ignored in this mode");
+    }
+
+    // 11.5.4: the count goes on when the mode changes between one-shot and periodic.
+    [Fact]
+    public void TimerMode_WhenChanged_KeepsTheCount()
+    {
+        MakeEnabled(1);
+        Write(0, 0x3E0, 0xB);
+        Write(0, 0x320, 0x0_0030);
+        Write(0, 0x380, 1_000_000);
+        _clock.Advance(600_000);
+        Write(0, 0x320, 0x2_0030);
+        Read(0, 0x390).Should().Be(400_000);
+        _clock.Advance(1_500_000);
+        Read(0, 0x390).Should().Be(900_000);
+        Write(0, 0x320, 0x0_0030);
+        Read(0, 0x390).Should().Be(900_000, "the present period ends");
+        _clock.Advance(900_000);
+        Read(0, 0x390).Should().Be(0);
+        Write(0, 0x320, 0x2_0030);
+        _clock.Advance(300_000);
+        Read(0, 0x390).Should().Be(0, "what has ended starts with the next initial count");
+        _clock.ArmedTimers.Should().Be(0);
+        Write(0, 0x380, 1_000_000);
+        Read(0, 0x390).Should().Be(1_000_000);
+    }
+
+    // SDM 3A 6.7.1: one NMI is taken and one more is remembered.
+    [Fact]
+    public void Nmi_ComingTwice_IsTakenTwice()
+    {
+        MakeEnabled(1);
+        for (int i = 0; i < 5; i++)
+        {
+            Msi(0, 0x400);
+        }
+
+        _apics[0].TakeNmi().Should().BeTrue();
+        _apics[0].HasNmi.Should().BeTrue();
+        _apics[0].TakeNmi().Should().BeTrue();
+        _apics[0].TakeNmi().Should().BeFalse();
     }
 
     [Fact]

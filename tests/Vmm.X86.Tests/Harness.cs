@@ -60,9 +60,9 @@ internal sealed class FakePort : ICpuInterruptPort, IRegisterWindow
 
     public bool TryWriteMsr(uint msr, ulong value) => msr == 0x1B;
 
-    public void Attach(ICpuWaker waker)
-    {
-    }
+    public ICpuWaker? Waker { get; private set; }
+
+    public void Attach(ICpuWaker waker) => Waker = waker;
 
     public ulong Read(uint offset, AccessWidth width)
     {

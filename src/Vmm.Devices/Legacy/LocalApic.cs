@@ -123,7 +123,10 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
     // What the processor polls; written under the gate by Update.
     private volatile int _deliverable = -1;
     private volatile bool _external;
-    private volatile bool _nmi;
+
+    // One NMI that the processor is about to take and one that waits behind it, as the pin's latch keeps it.
+    private const int MostNmis = 2;
+    private volatile int _nmis;
     private volatile bool _init;
     private volatile bool _startup;
     private volatile uint _arbitration;
@@ -177,7 +180,7 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
     public bool HasInterrupt => _external || _deliverable >= 0;
 
     /// <inheritdoc/>
-    public bool HasNmi => _nmi;
+    public bool HasNmi => _nmis != 0;
 
     /// <inheritdoc/>
     public bool HasInit => _init;
@@ -261,8 +264,8 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
     {
         lock (_gate)
         {
-            bool taken = _nmi;
-            _nmi = false;
+            bool taken = _nmis != 0;
+            _nmis = taken ? _nmis - 1 : 0;
             return taken;
         }
     }
@@ -365,7 +368,7 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
             writer.Write("tscDeadline", _tscDeadline);
             writer.Write("lint0", _lint0);
             writer.Write("lint1", _lint1);
-            writer.Write("nmi", _nmi);
+            writer.Write("nmis", (ulong)_nmis);
             writer.Write("init", _init);
             writer.Write("startup", _startup);
             writer.Write("waitForStartup", _waitForStartup);
@@ -397,7 +400,7 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
             _tscDeadline = reader.ReadUInt64("tscDeadline");
             _lint0 = reader.ReadBoolean("lint0");
             _lint1 = reader.ReadBoolean("lint1");
-            _nmi = reader.ReadBoolean("nmi");
+            _nmis = Math.Min((int)reader.ReadByte("nmis"), MostNmis);
             _init = reader.ReadBoolean("init");
             _startup = reader.ReadBoolean("startup");
             _waitForStartup = reader.ReadBoolean("waitForStartup");
@@ -471,7 +474,16 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
                     if (IsTscDeadline)
                     {
                         _tscDeadline = value;
-                        ArmTimer();
+                        if (value != 0 && !_paused && _tscAt(_clock.NowNs) >= value)
+                        {
+                            // 11.5.4.1: a deadline that has passed interrupts at once.
+                            _timer.Cancel();
+                            Expire();
+                        }
+                        else
+                        {
+                            ArmTimer();
+                        }
                     }
 
                     return true;
@@ -607,7 +619,7 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
         _initialCount = 0;
         _timerExpired = false;
         _tscDeadline = 0;
-        _nmi = false;
+        _nmis = 0;
         _startup = false;
         _timer.Cancel();
         Update();
@@ -843,6 +855,10 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
                 _initialCount = 0;
                 _tscDeadline = 0;
             }
+            else if (((old ^ next) >> 17 & 3) != 0 && _initialCount != 0)
+            {
+                SwitchCounting(isPeriodic: (next >> 17) == 1);
+            }
 
             ArmTimer();
         }
@@ -857,6 +873,23 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
         }
 
         Update();
+    }
+
+    // From one-shot to periodic the count goes on, and one that has ended stays at zero until the initial count is
+    // written; from periodic to one-shot the present period is the last one.
+    private void SwitchCounting(bool isPeriodic)
+    {
+        long period = (long)_initialCount << DivideShift();
+        long age = Math.Max(0, _clock.NowNs - _timerStartNs);
+        if (!isPeriodic)
+        {
+            _timerStartNs += age / period * period;
+        }
+        else if (age >= period && !_timerExpired)
+        {
+            _timerExpired = true;
+            Expire();
+        }
     }
 
     // The ICR's message goes out without the gate: destinations take theirs, and this APIC may be among them.
@@ -977,7 +1010,7 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
                 Update();
                 break;
             case ApicDelivery.Nmi:
-                _nmi = true;
+                _nmis = Math.Min(_nmis + 1, MostNmis);
                 _waker?.Wake();
                 break;
             case ApicDelivery.Init:
@@ -1110,7 +1143,7 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
 
     private uint CurrentCount()
     {
-        if (_initialCount == 0 || IsTscDeadline)
+        if (_initialCount == 0 || IsTscDeadline || _timerExpired)
         {
             return 0;
         }
@@ -1151,7 +1184,7 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
             return;
         }
 
-        if (_initialCount == 0)
+        if (_initialCount == 0 || _timerExpired)
         {
             _timer.Cancel();
             return;
@@ -1164,13 +1197,9 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
             long next = _timerStartNs + (((age / period) + 1) * period);
             _timer.ArmAt(period < MinimumPeriodNs ? Math.Max(next, _clock.NowNs + MinimumPeriodNs) : next);
         }
-        else if (!_timerExpired)
-        {
-            _timer.ArmAt(_timerStartNs + period);
-        }
         else
         {
-            _timer.Cancel();
+            _timer.ArmAt(_timerStartNs + period);
         }
     }
 
@@ -1195,30 +1224,38 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
                     ArmTimer();
                     return;
                 }
-
-                _tscDeadline = 0;
             }
-            else if (_initialCount == 0 || (!IsPeriodic && (_timerExpired || CurrentCount() != 0)))
+            else if (_initialCount == 0 || _timerExpired || (!IsPeriodic && CurrentCount() != 0))
             {
                 // Reprogrammed while this call was on its way.
                 ArmTimer();
                 return;
             }
 
-            uint lvt = _lvt[LvtTimer];
-            if ((lvt & LvtMasked) == 0)
-            {
-                AcceptLocked(ApicDelivery.Fixed, (byte)lvt, false);
-            }
-
+            Expire();
             if (IsPeriodic)
             {
                 ArmTimer();
             }
-            else
-            {
-                _timerExpired = true;
-            }
+        }
+    }
+
+    // The timer has reached zero or its deadline: one interrupt, unless it is masked.
+    private void Expire()
+    {
+        if (IsTscDeadline)
+        {
+            _tscDeadline = 0;
+        }
+        else if (!IsPeriodic)
+        {
+            _timerExpired = true;
+        }
+
+        uint lvt = _lvt[LvtTimer];
+        if ((lvt & LvtMasked) == 0)
+        {
+            AcceptLocked(ApicDelivery.Fixed, (byte)lvt, false);
         }
     }
 

@@ -190,7 +190,7 @@ public sealed class PvPanic : IRegisterWindow
 
 /// <summary>
 /// The "pc-testdev" of kvm-unit-tests: 24 bytes of ports that drive interrupt lines (0x2000), 8 bytes of ports that
-/// read back what was written (0xE0), and a page of registers that does the same (0xFF000000).
+/// read back what was written (0xE0), and 64 KiB of registers that do the same (0xFF000000).
 /// </summary>
 public sealed class PcTestDevice : IRegisterWindow
 {
@@ -200,8 +200,10 @@ public sealed class PcTestDevice : IRegisterWindow
     /// <summary>First port of the echo registers.</summary>
     public const ushort EchoPort = 0xE0;
 
-    /// <summary>Address of the echo page.</summary>
+    /// <summary>Address of the echo registers in memory.</summary>
     public const ulong EchoAddress = 0xFF00_0000;
+
+    private const int EchoPageBytes = 0x1_0000;
 
     private readonly IIrqLine[] _lines;
 
@@ -212,7 +214,7 @@ public sealed class PcTestDevice : IRegisterWindow
         ArgumentNullException.ThrowIfNull(lines);
         _lines = lines;
         EchoPorts = new Echo(8);
-        EchoPage = new Echo(4096);
+        EchoPage = new Echo(EchoPageBytes);
     }
 
     /// <summary>Ports for <see cref="EchoPort"/>.</summary>

@@ -784,8 +784,18 @@ internal static unsafe class FarTransfer
         Software(cpu, insn, Vector.Breakpoint, EventKind.Software);
 
     /// <summary>INT1: a #DB trap without a cause in DR6.</summary>
-    public static Status Int1(CpuContext* cpu, Insn* insn) =>
-        Software(cpu, insn, Vector.Debug, EventKind.Privileged);
+    public static Status Int1(CpuContext* cpu, Insn* insn)
+    {
+        Status status = Software(cpu, insn, Vector.Debug, EventKind.Privileged);
+        if (status == Status.Look && cpu->PendingDebug != 0)
+        {
+            // Traps that MOV SS held back are part of this #DB (SDM 3A 6.8.3, 3B 17.2.3), not another one behind it.
+            cpu->Dr6 = (cpu->Dr6 & ~0xFUL) | cpu->PendingDebug;
+            cpu->PendingDebug = 0;
+        }
+
+        return status;
+    }
 
     /// <summary>INTO.</summary>
     public static Status Into(CpuContext* cpu, Insn* insn) => Flags.Overflow(cpu)

@@ -356,7 +356,7 @@ internal static unsafe class SystemGroup
             return false;
         }
 
-        if (!Paging.IsCanonical(cpu, descriptor.Base | (descriptor.High << 32)))
+        if (!Paging.IsCanonicalRegister(cpu, descriptor.Base | (descriptor.High << 32)))
         {
             Segmentation.Raise(cpu, Vector.GeneralProtection, selector);
             return false;
@@ -429,7 +429,7 @@ internal static unsafe class SystemGroup
             tableBase &= 0xFFFFFF;
         }
 
-        if (size == 10 && !Paging.IsCanonical(cpu, tableBase))
+        if (size == 10 && !Paging.IsCanonicalRegister(cpu, tableBase))
         {
             Faults.Gp(cpu);
             return false;
@@ -664,7 +664,7 @@ internal static unsafe class SystemGroup
             return Faults.Gp(cpu);
         }
 
-        if (type == 0 && !Paging.IsCanonical(cpu, raw[1]))
+        if (type == 0 && !Paging.IsCanonicalRegister(cpu, raw[1]))
         {
             return Faults.Gp(cpu);
         }
@@ -822,7 +822,7 @@ internal static unsafe class SystemGroup
         }
 
         ulong value = insn->OperandSize == 8 ? Reg.Get<ulong>(cpu, insn->R0) : Reg.Get<uint>(cpu, insn->R0);
-        if (!Paging.IsCanonical(cpu, value))
+        if (!Paging.IsCanonicalRegister(cpu, value))
         {
             return Faults.Gp(cpu);
         }
