@@ -367,8 +367,12 @@ public sealed class MachineBuilder : IDisposable
         {
             PciAllocator.Assign(bus, (uint)MemoryLayout.HoleStart, 0xFEC00000);
             ulong rsdp = MachineTables.Write(parts, _spec, bus);
-            DirectBoot.Load(
+            string protocol = DirectBoot.Load(
                 new DirectBootRequest(kernel, _spec.Boot.Initrd, _spec.Boot.Cmdline), _memory, _layout, rsdp, state);
+            if (protocol == DirectBoot.Multiboot)
+            {
+                BiosRemains.Leave(_memory, _ports);
+            }
         }
 
         parts.Vcpus[0].WriteState(state);

@@ -233,7 +233,10 @@ public sealed class I8259Pair : IDevice, IExternalInterruptSource
             // The inputs belong to other chips and stay.
             Initialize();
             VectorBase = 0;
-            _imr = 0;
+
+            // The chip does nothing before its initialization words, of which the first clears the mask (data sheet,
+            // "Initialization Command Words"): a guest that enables interrupts without them gets none.
+            _imr = 0xFF;
             _initStep = 0;
             _elcr = 0;
             _needsIcw4 = _single = false;

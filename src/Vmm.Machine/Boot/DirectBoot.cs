@@ -43,6 +43,9 @@ public sealed record DirectBootRequest(string KernelPath, string? InitrdPath, st
 /// <summary>Loads a kernel into guest memory and prepares the boot processor.</summary>
 public static class DirectBoot
 {
+    /// <summary>What <see cref="Load"/> returns for a multiboot kernel.</summary>
+    public const string Multiboot = "multiboot";
+
     private const int HeadBytes = 64 * 1024;
 
     /// <summary>Loads.</summary>
@@ -78,7 +81,7 @@ public static class DirectBoot
         if (MultibootLoader.TryFindHeader(head, out int at))
         {
             MultibootLoader.Load(target, at);
-            return "multiboot";
+            return Multiboot;
         }
 
         if (ElfFile.Recognises(head))
