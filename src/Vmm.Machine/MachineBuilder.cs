@@ -369,7 +369,7 @@ public sealed class MachineBuilder : IDisposable
             ulong rsdp = MachineTables.Write(parts, _spec, bus);
             string protocol = DirectBoot.Load(
                 new DirectBootRequest(kernel, _spec.Boot.Initrd, _spec.Boot.Cmdline), _memory, _layout, rsdp, state);
-            if (protocol == DirectBoot.Multiboot)
+            if (string.Equals(protocol, DirectBoot.Multiboot, StringComparison.Ordinal))
             {
                 BiosRemains.Leave(_memory, _ports);
             }
