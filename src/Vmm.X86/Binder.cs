@@ -112,6 +112,7 @@ internal static unsafe class Binder
                     insn->Immediate = instruction.GetImmediate(i);
                     break;
                 case OpKind.Immediate8_2nd:
+                    // SAFETY: Aux holds a number here; no handler of these instructions follows it.
                     insn->Aux = (void*)(ulong)instruction.Immediate8_2nd;
                     break;
                 case OpKind.NearBranch16:
@@ -121,11 +122,13 @@ internal static unsafe class Binder
                     break;
                 case OpKind.FarBranch16:
                     insn->Immediate = instruction.FarBranch16;
+                    // SAFETY: a number, as above.
                     insn->Aux = (void*)(ulong)instruction.FarBranchSelector;
                     size = 2;
                     break;
                 case OpKind.FarBranch32:
                     insn->Immediate = instruction.FarBranch32;
+                    // SAFETY: a number, as above.
                     insn->Aux = (void*)(ulong)instruction.FarBranchSelector;
                     size = 4;
                     break;
@@ -505,6 +508,7 @@ internal static unsafe class Binder
             case Mnemonic.Shrd:
                 if (instruction.Op2Kind == OpKind.Register)
                 {
+                    // SAFETY: a flag, which the handler compares with null and never follows.
                     insn->Aux = (void*)1;
                 }
 

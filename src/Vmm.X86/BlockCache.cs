@@ -209,6 +209,7 @@ internal unsafe struct BlockCache
     public void Clear()
     {
         ForgetAll();
+        // SAFETY: the vCPU allocated Hash with Buckets entries and frees it after the last Run.
         NativeMemory.Clear(Hash, (nuint)(Buckets * sizeof(Block*)));
         Used = 0;
         Clears++;

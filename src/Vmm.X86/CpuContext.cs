@@ -465,6 +465,8 @@ internal unsafe struct CpuContext
     public ulong XstateBv;
 
     /// <summary>A segment register (<see cref="Seg"/>).</summary>
+    // SAFETY: the registers lie at SegmentsOffset of the context, which outlives every Run; callers pass a constant of Seg
+    // or a record's segment, which the binder took from those.
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static SegmentRegister* Segment(CpuContext* cpu, int index) =>
         (SegmentRegister*)((byte*)cpu + SegmentsOffset) + index;

@@ -468,6 +468,8 @@ internal static unsafe class Interrupts
         if (entry->WriteTag == (((rsp + ((ulong)count * 8) - 1) & ~Mem.PageOffset) | cpu->TlbAsid) &&
             *entry->PageFlags == (byte)Memory.PageFlags.Written)
         {
+            // SAFETY: the tag matched for the first and the last byte of the frame, so all of it lies in the one page
+            // of guest RAM that Addend maps; a slot goes away only after this vCPU has flushed (SoftVm.Quiesce).
             var at = (ulong*)(entry->Addend + rsp);
             for (int i = 0; i < count; i++)
             {
@@ -477,6 +479,7 @@ internal static unsafe class Interrupts
             return true;
         }
 
+        // SAFETY: callers give a frame of count words on their stack.
         if (Paging.WriteSlow(cpu, rsp, (byte*)frame, count * 8, mode))
         {
             return true;

@@ -272,6 +272,8 @@ internal static unsafe class Paging
         TlbEntry* entry = cpu->Tlbs + ((linear >> 12) & (TlbEntry.Count - 1));
         if (entry->ReadTag == (((linear + (uint)sizeof(T) - 1) & ~Mem.PageOffset) | cpu->TlbAsid))
         {
+            // SAFETY: the tag matched for the first and the last byte, so the value lies in the one page of guest RAM
+            // that Addend maps until this vCPU flushes.
             value = *(T*)(entry->Addend + linear);
             return true;
         }
@@ -399,6 +401,7 @@ internal static unsafe class Paging
         }
 
         ulong* loaded = stackalloc ulong[4];
+        // SAFETY: four words on the stack are the 32 bytes asked for.
         ReadPhysical(cpu, cr3 & 0xFFFFFFE0, (byte*)loaded, 32);
         ulong reserved = ~cpu->PhysicalMask & ~0xFFFUL;
         reserved |= 0x1E6;
@@ -470,6 +473,9 @@ internal static unsafe class Paging
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static void CopyOnce(byte* into, byte* from, int length)
     {
+        // SAFETY: callers bound both sides: host memory to the end of its page, the other to its buffer. x86 takes
+        // any alignment, and a load or store of 2, 4 or 8 bytes inside a cache line is one access, which other vCPUs
+        // may rely on.
         switch (length)
         {
             case 1:
@@ -567,6 +573,8 @@ internal static unsafe class Paging
         host = HostForRead(cpu, physical);
         if (host != null)
         {
+            // SAFETY: HostForRead gives an address in guest RAM; entries are aligned to 8 bytes by the walk and so do
+            // not leave their page.
             return Volatile.Read(ref *(ulong*)host);
         }
 
@@ -586,6 +594,7 @@ internal static unsafe class Paging
 
         byte* writable = HostForWrite(cpu, physical, 8, out _);
         return writable == null ||
+            // SAFETY: as in ReadEntry; HostForWrite has looked at the whole entry.
             Interlocked.CompareExchange(ref *(ulong*)writable, old | bits, old) == old;
     }
 
@@ -800,6 +809,7 @@ internal static unsafe class Paging
         host = HostForRead(cpu, physical);
         if (host != null)
         {
+            // SAFETY: as in ReadEntry, with entries of 4 bytes.
             return Volatile.Read(ref *(uint*)host);
         }
 
@@ -817,6 +827,7 @@ internal static unsafe class Paging
 
         byte* writable = HostForWrite(cpu, physical, 4, out _);
         return writable == null ||
+            // SAFETY: as in SetBits.
             Interlocked.CompareExchange(ref *(uint*)writable, old | bits, old) == old;
     }
 }
@@ -826,12 +837,16 @@ internal static unsafe class AtomicByte
 {
     public static void Or(byte* at, byte bits)
     {
+        // SAFETY: page flags are allocated in multiples of 8 bytes (RamBlock, SoftVm), so the aligned word is inside;
+        // the other three bytes are written back as they are, atomically.
         int shift = ((int)(ulong)at & 3) * 8;
         Interlocked.Or(ref *(int*)((ulong)at & ~3UL), bits << shift);
     }
 
     public static void And(byte* at, byte bits)
     {
+        // SAFETY: page flags are allocated in multiples of 8 bytes (RamBlock, SoftVm), so the aligned word is inside;
+        // the other three bytes are written back as they are, atomically.
         int shift = ((int)(ulong)at & 3) * 8;
         Interlocked.And(ref *(int*)((ulong)at & ~3UL), (bits << shift) | ~(0xFF << shift));
     }

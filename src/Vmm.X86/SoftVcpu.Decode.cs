@@ -213,6 +213,8 @@ public sealed unsafe partial class SoftVcpu
 
         int limit = (int)Math.Min((uint)window, room);
         int size = (int)(key & BlockKey.SizeMask);
+        // SAFETY: _scratch is pinned for the life of the vCPU and has room for MaxInsns records, the terminator and
+        // the alignment; maximum bounds what is decoded.
         Insn* records = (Insn*)(((ulong)Unsafe.AsPointer(ref _scratch[0]) + 63) & ~63UL);
         int maximum = (key & BlockKey.Single) != 0 ? 1 : MaxInsns;
         int count = 0;
@@ -313,6 +315,8 @@ public sealed unsafe partial class SoftVcpu
             memory = cpu->Blocks.Allocate(total);
         }
 
+        // SAFETY: Allocate gave "total" bytes, which count the header, 63 bytes of alignment, count + 1 records and
+        // the source; an empty arena always has room for the largest block, and it lives as long as the vCPU.
         var block = (Block*)memory;
         *block = default;
         block->First = (Insn*)(((ulong)memory + (ulong)sizeof(Block) + 63) & ~63UL);

@@ -36,6 +36,8 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         _cpu->PcidAsids = Allocate<ushort>(Asids.Pcids, 64);
         _cpu->Blocks.Jumps = Allocate<JumpEntry>(BlockCache.Rows * BlockCache.RowEntries, 64);
         _cpu->Blocks.Hash = (Block**)Allocate<nint>(BlockCache.Buckets, 64);
+        // SAFETY: BlockCache hands out at most ArenaBytes of it; Dispose frees it with everything else that is
+        // allocated here.
         _cpu->Blocks.Arena = (byte*)NativeMemory.AlignedAlloc((nuint)BlockCache.ArenaBytes, 64);
         _cpu->Safe = 1;
         SetCpuid(CpuidTable.Build(vm.Thunks is not null, vm.Translate && vm.Thunks is not null).ToArray());
@@ -106,6 +108,9 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         }
 
         CloseTranslator();
+
+        // SAFETY: all of these come from Allocate or AlignedAlloc in the constructor; SoftVm disposes a vCPU once,
+        // when no thread is in Run.
         NativeMemory.AlignedFree(_cpu->PcidAsids);
         NativeMemory.AlignedFree(_cpu->Blocks.Jumps);
         NativeMemory.AlignedFree(_cpu->Blocks.Hash);
@@ -165,6 +170,8 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         where T : unmanaged
     {
         nuint bytes = (nuint)sizeof(T) * (nuint)count;
+        // SAFETY: cleared to its full size, and count elements long, which is the bound that the users' constants
+        // state.
         void* memory = NativeMemory.AlignedAlloc(bytes, alignment);
         NativeMemory.Clear(memory, bytes);
         return (T*)memory;

@@ -29,6 +29,7 @@ public sealed unsafe class SoftVm : IVm
         OnNumericError = options.OnNumericError;
         Thunks = thunks;
         TscKhz = tscKhz;
+        // SAFETY: these live until Dispose, which stops after the vCPUs, their only users.
         Shared = (VmShared*)NativeMemory.AllocZeroed((nuint)sizeof(VmShared));
         Shared->CompareExchange16 = thunks is null ? 0 : thunks.AddRoutine(Wide.Routine);
         Shared->Code = (CodeInfo*)NativeMemory.AllocZeroed((nuint)sizeof(CodeInfo), VmShared.CodeEntries);
@@ -86,7 +87,9 @@ public sealed unsafe class SoftVm : IVm
                 MemorySlot kept = memory;
                 if (memory.PageFlags == 0)
                 {
-                    nint own = (nint)NativeMemory.AllocZeroed((nuint)(memory.LengthBytes >> 12));
+                    // SAFETY: a byte for each page, in multiples of 8 for AtomicByte; freed when the slot is gone and
+                    // no vCPU caches it.
+                    nint own = (nint)NativeMemory.AllocZeroed((nuint)(((memory.LengthBytes >> 12) + 7) & ~7UL));
                     _ownFlags[slot] = own;
                     kept = memory with { PageFlags = own };
                 }
@@ -100,6 +103,7 @@ public sealed unsafe class SoftVm : IVm
         }
 
         Quiesce();
+        // SAFETY: every vCPU has flushed what it had from the old table, so nothing points into it or into the flags.
         NativeMemory.Free(old);
         NativeMemory.Free((void*)oldFlags);
     }
@@ -115,6 +119,7 @@ public sealed unsafe class SoftVm : IVm
             }
 
             bitmap.Clear();
+            // SAFETY: the slot's owner keeps a byte for each of its pages; i stays below their number.
             byte* flags = (byte*)memory.PageFlags;
             ulong pages = memory.LengthBytes >> 12;
             for (ulong i = 0; i < pages && i < (ulong)bitmap.Length * 64; i++)
@@ -146,6 +151,7 @@ public sealed unsafe class SoftVm : IVm
                 {
                     ulong offset = first - slot.GuestAddress;
                     int length = (int)Math.Min(end - first, 4096 - (offset & 0xFFF));
+                    // SAFETY: first lies in the slot, so offset is below its length, and length ends with the page.
                     byte* host = (byte*)slot.HostAddress + offset;
                     CodePages.Invalidate(
                         Shared, CodePages.Info(Shared, host), host, (byte*)slot.PageFlags + (offset >> 12), length);
@@ -221,6 +227,7 @@ public sealed unsafe class SoftVm : IVm
 
             foreach (nint flags in _ownFlags.Values)
             {
+                // SAFETY: allocated by SetMemorySlot; the vCPUs are disposed.
                 NativeMemory.Free((void*)flags);
             }
 
@@ -235,6 +242,7 @@ public sealed unsafe class SoftVm : IVm
     {
         var sorted = new List<MemorySlot>(_slots.Values);
         sorted.Sort((a, b) => a.GuestAddress.CompareTo(b.GuestAddress));
+        // SAFETY: room for as many entries as the loop writes.
         var table = (SlotTable*)NativeMemory.AllocZeroed(
             (nuint)sizeof(SlotTable) + (nuint)(sorted.Count * sizeof(SlotInfo)));
         table->Count = sorted.Count;

@@ -435,6 +435,7 @@ internal static unsafe class Tasks
         {
             byte* raw = stackalloc byte[0x68];
             done = Paging.ReadSlow(cpu, at, raw, 0x68, MmuMode.Supervisor);
+            // SAFETY: the largest offset read is 0x64, with 2 bytes, of 0x68. After a fault the values are not used.
             image.Cr3 = *(uint*)(raw + 0x1C);
             image.Eip = *(uint*)(raw + 0x20);
             image.Flags = *(uint*)(raw + 0x24);
@@ -455,6 +456,7 @@ internal static unsafe class Tasks
 
         byte* narrow = stackalloc byte[0x2C];
         done = Paging.ReadSlow(cpu, at, narrow, 0x2C, MmuMode.Supervisor);
+        // SAFETY: the largest offset read is 0x2A, with 2 bytes, of 0x2C.
         image.Eip = *(ushort*)(narrow + 0x0E);
         image.Flags = *(ushort*)(narrow + 0x10);
         for (int i = 0; i < 8; i++)

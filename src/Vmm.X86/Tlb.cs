@@ -140,6 +140,8 @@ internal static unsafe class Mem
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static ulong Offset(CpuContext* cpu, Insn* insn)
     {
+        // SAFETY: Base and Index are offsets in the context, which the binder made from register numbers or set to
+        // its zero word.
         byte* registers = (byte*)cpu;
         ulong offset = *(ulong*)(registers + insn->Base) + insn->Displacement;
         offset += *(ulong*)(registers + insn->Index) << insn->Scale;
@@ -156,6 +158,7 @@ internal static unsafe class Mem
         ulong offset = Offset(cpu, insn);
         if ((insn->Flags & InsnFlags.SegmentCheck) == 0)
         {
+            // SAFETY: the binder sets SegmentBase to a base of the context's segment registers or to its zero word.
             linear = offset + *(ulong*)((byte*)cpu + insn->SegmentBase);
             return true;
         }
@@ -171,6 +174,8 @@ internal static unsafe class Mem
         TlbEntry* entry = cpu->Tlb + ((linear >> 12) & (TlbEntry.Count - 1));
         if (entry->ReadTag == (((linear + (uint)sizeof(T) - 1) & ~PageOffset) | cpu->TlbAsid))
         {
+            // SAFETY: the tag matched for the first and the last byte, so the value lies in the one page of guest RAM
+            // that Addend maps; a slot goes away only after this vCPU has flushed (SoftVm.Quiesce).
             value = *(T*)(entry->Addend + linear);
             return true;
         }
@@ -186,6 +191,7 @@ internal static unsafe class Mem
         byte* pointer = WritePointer(cpu, linear, (uint)sizeof(T));
         if (pointer != null)
         {
+            // SAFETY: WritePointer vouches for sizeof(T) bytes.
             *(T*)pointer = value;
             return true;
         }
@@ -204,6 +210,7 @@ internal static unsafe class Mem
         if (entry->WriteTag == (((linear + size - 1) & ~PageOffset) | cpu->TlbAsid) &&
             *entry->PageFlags == (byte)PageFlags.Written)
         {
+            // SAFETY: the tag matched for the first and the last of the size bytes, as in Read.
             return (byte*)(entry->Addend + linear);
         }
 
@@ -216,6 +223,7 @@ internal static unsafe class Mem
     {
         TlbEntry* entry = cpu->Tlb + ((linear >> 12) & (TlbEntry.Count - 1));
         return entry->ReadTag == (((linear + size - 1) & ~PageOffset) | cpu->TlbAsid)
+            // SAFETY: as in WritePointer.
             ? (byte*)(entry->Addend + linear)
             : null;
     }

@@ -57,6 +57,7 @@ internal static unsafe class XsaveState
     public static void InitialX87(CpuContext* cpu)
     {
         uint mxcsr = cpu->Mxcsr;
+        // SAFETY: MXCSR_MASK lies at 28 of the context's area of 4096 bytes.
         uint mask = *(uint*)(cpu->Xsave + 28);
         new Span<byte>(cpu->Xsave, XmmOffset).Clear();
         cpu->Mxcsr = mxcsr;

@@ -122,6 +122,8 @@ internal unsafe struct VectorScratch
     public fixed byte X87[512];
 
     /// <summary>The context's work area.</summary>
+    // SAFETY: the context reserves Size bytes at Offset for nothing else; who uses the area does not outlive the
+    // context.
     public static VectorScratch* Of(CpuContext* cpu) => (VectorScratch*)((byte*)cpu + Offset);
 }
 
@@ -168,6 +170,7 @@ internal sealed unsafe class ThunkCache : IDisposable
                 return 0;
             }
 
+            // SAFETY: the length was checked against what is left of the code memory, under the gate.
             bytes.CopyTo(new Span<byte>((byte*)_code.WriteAddress + _used, bytes.Length));
             nint entry = _code.ExecuteAddress + _used;
             _used += length;
@@ -222,6 +225,7 @@ internal sealed unsafe class ThunkCache : IDisposable
         {
             if (_thunks.TryGetValue(key, out nint found))
             {
+                // SAFETY: only addresses from NewEntry are put into the table; they live until Dispose.
                 return (Thunk*)found;
             }
 
@@ -240,6 +244,8 @@ internal sealed unsafe class ThunkCache : IDisposable
     {
         foreach (nint chunk in _chunks)
         {
+            // SAFETY: each chunk came from AllocZeroed, is freed once, and no vCPU runs any more (the hypervisor is
+            // disposed last).
             NativeMemory.Free((void*)chunk);
         }
 
@@ -314,6 +320,7 @@ internal sealed unsafe class ThunkCache : IDisposable
             return null;
         }
 
+        // SAFETY: the length was checked against what is left of the code memory; both views show the same bytes.
         _buffer.Bytes.CopyTo(new Span<byte>((byte*)_code.WriteAddress + _used, _buffer.Length));
         byte* entry = (byte*)_code.ExecuteAddress + _used;
         _used += _buffer.Length;
@@ -346,6 +353,8 @@ internal sealed unsafe class ThunkCache : IDisposable
     {
         if (_entriesLeft == 0)
         {
+            // SAFETY: EntriesPerChunk entries are handed out from the chunk, counted by _entriesLeft; _chunks owns
+            // it.
             _nextEntry = (Thunk*)NativeMemory.AllocZeroed(EntriesPerChunk, (nuint)sizeof(Thunk));
             _chunks.Add((nint)_nextEntry);
             _entriesLeft = EntriesPerChunk;

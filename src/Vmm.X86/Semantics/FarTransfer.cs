@@ -69,6 +69,7 @@ internal static unsafe class FarTransfer
             return false;
         }
 
+        // SAFETY: raw has 16 bytes and size is 2, 4 or 8: the last byte read is raw[9].
         offset = size == 2 ? *(ushort*)raw : size == 4 ? *(uint*)raw : *(ulong*)raw;
         selector = *(ushort*)(raw + size);
         return true;
@@ -357,6 +358,7 @@ internal static unsafe class FarTransfer
         frame[3] = oldSs;
         int count = inner ? 4 : 2;
         rsp -= (ulong)count * 8;
+        // SAFETY: frame has four words and count is 2 or 4.
         if (!Paging.WriteSlow(
             cpu, rsp, (byte*)frame, count * 8, cpl == 3 ? MmuMode.User : MmuMode.Supervisor))
         {

@@ -67,6 +67,8 @@ internal static unsafe class Reg
 
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static ulong Get<T>(CpuContext* cpu, int offset)
+        // SAFETY: offsets of registers come from the binder, which made them from register numbers: inside the
+        // context, with 8 bytes behind each (vectors: 16).
         where T : unmanaged => Load<T>((byte*)cpu + offset);
 
     /// <summary>Writes; 32-bit writes clear the upper half, smaller ones leave the rest.</summary>
@@ -74,6 +76,7 @@ internal static unsafe class Reg
     public static void Set<T>(CpuContext* cpu, int offset, ulong value)
         where T : unmanaged
     {
+        // SAFETY: as in Get.
         byte* at = (byte*)cpu + offset;
         if (sizeof(T) == 1)
         {
@@ -97,6 +100,8 @@ internal static unsafe class Reg
     public static ulong Load<T>(byte* at)
         where T : unmanaged
     {
+        // SAFETY: the caller's address has sizeof(T) bytes: a register of the context, or host memory that the TLB
+        // gave for this size; x86 takes any alignment.
         if (sizeof(T) == 1)
         {
             return *at;
@@ -114,6 +119,8 @@ internal static unsafe class Reg
     public static void Store<T>(byte* at, ulong value)
         where T : unmanaged
     {
+        // SAFETY: the caller's address has sizeof(T) bytes: a register of the context, or host memory that the TLB
+        // gave for this size; x86 takes any alignment.
         if (sizeof(T) == 1)
         {
             *at = (byte)value;
@@ -190,6 +197,8 @@ internal static unsafe class Reg
     public static ulong CompareExchange<T>(byte* at, ulong value, ulong expected)
         where T : unmanaged
     {
+        // SAFETY: at is guest RAM that the TLB or a probe gave for sizeof(T) bytes; the host's locked instructions are atomic
+        // at any alignment.
         if (sizeof(T) == 1)
         {
             return Interlocked.CompareExchange(ref *at, (byte)value, (byte)expected);
@@ -210,6 +219,7 @@ internal static unsafe class Reg
     public static ulong Exchange<T>(byte* at, ulong value)
         where T : unmanaged
     {
+        // SAFETY: as in CompareExchange.
         if (sizeof(T) == 1)
         {
             return Interlocked.Exchange(ref *at, (byte)value);

@@ -366,6 +366,7 @@ internal static unsafe class BitString
 
         if ((insn->Flags & InsnFlags.SegmentCheck) == 0)
         {
+            // SAFETY: the binder sets SegmentBase to a base of the context's segment registers or to its zero word.
             linear = offset + *(ulong*)((byte*)cpu + insn->SegmentBase);
             return true;
         }
@@ -1372,6 +1373,7 @@ internal static unsafe class Misc
 
     public static Status Lahf(CpuContext* cpu, Insn* insn)
     {
+        // SAFETY: AH is byte 1 of RAX in the context.
         *((byte*)cpu + Reg.Rax + 1) = (byte)((Flags.GetArithmetic(cpu) & 0xD5) | 2);
         return Status.Next;
     }
@@ -1379,6 +1381,7 @@ internal static unsafe class Misc
     public static Status Sahf(CpuContext* cpu, Insn* insn)
     {
         ulong overflow = Flags.GetArithmetic(cpu) & Rflags.Of;
+        // SAFETY: AH, as above.
         Flags.SetArithmetic(cpu, (*((byte*)cpu + Reg.Rax + 1) & 0xD5UL) | overflow);
         return Status.Next;
     }
@@ -1423,6 +1426,7 @@ internal static unsafe class Misc
     public static Status Xlat(CpuContext* cpu, Insn* insn)
     {
         ulong offset = (Reg.Get<ulong>(cpu, insn->Base) + (byte)cpu->Rax) & insn->AddressMask;
+        // SAFETY: SegmentBase is an offset in the context that the binder set.
         ulong linear = offset + *(ulong*)((byte*)cpu + insn->SegmentBase);
         if (((insn->Flags & InsnFlags.SegmentCheck) != 0 &&
             !Segmentation.Linear(cpu, insn->Segment, offset, 1, false, out linear)) ||

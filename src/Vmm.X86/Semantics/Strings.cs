@@ -183,6 +183,7 @@ internal readonly unsafe struct MovsForm : IForm
         {
             for (uint i = 0; i < number; i++)
             {
+                // SAFETY: both pointers were given for "bytes" bytes, which are number elements inside one page each.
                 ((T*)write)[i] = ((T*)read)[i];
             }
         }

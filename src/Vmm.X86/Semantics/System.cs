@@ -380,6 +380,7 @@ internal static unsafe class SystemGroup
         }
 
         byte* raw = stackalloc byte[10];
+        // SAFETY: 2 and 8 bytes are the 10 of raw.
         *(ushort*)raw = limit;
         *(ulong*)(raw + 2) = tableBase;
         return Mem.WriteBytes(cpu, linear, raw, size) ? Status.Next : Status.Fault;
@@ -415,6 +416,7 @@ internal static unsafe class SystemGroup
         limit = 0;
         int size = cpu->Mode == ProcessorMode.Long ? 10 : 6;
         byte* raw = stackalloc byte[16];
+        // SAFETY: raw has 16 bytes; at most 10 are read into it and used.
         *(ulong*)(raw + 2) = 0;
         if (!Privileged(cpu) || !Mem.Address(cpu, insn, (uint)size, false, out ulong linear) ||
             !Mem.ReadBytes(cpu, linear, raw, size))
@@ -649,6 +651,7 @@ internal static unsafe class SystemGroup
 
         ulong type = cpu->Mode == ProcessorMode.Long ? Reg.Get<ulong>(cpu, insn->R0) : Reg.Get<uint>(cpu, insn->R0);
         ulong* raw = stackalloc ulong[2];
+        // SAFETY: raw has two words.
         if (!Mem.Address(cpu, insn, 16, false, out ulong linear) || !Mem.ReadBytes(cpu, linear, (byte*)raw, 16))
         {
             return Status.Fault;

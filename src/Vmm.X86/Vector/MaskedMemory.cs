@@ -78,6 +78,7 @@ internal static unsafe class MaskedMemory
         insn->R1 = (ushort)VectorUnit.XmmOffset(index);
         insn->OperandSize = (byte)(isQword ? 8 : 4);
         insn->Immediate = (uint)(indices < elements ? indices : elements);
+        // SAFETY: a flag that Gather compares and never follows.
         insn->Aux = (void*)(nint)(hasQwordIndex ? 1 : 0);
         insn->Index = CpuContext.ZeroOffset;
         insn->Handler = &Vgather;
@@ -124,6 +125,8 @@ internal static unsafe class MaskedMemory
 
         int size = insn->OperandSize;
         int count = (int)insn->Immediate;
+        // SAFETY: R0 to R2 are offsets of vector registers in the context (VectorUnit.XmmOffset), each with its upper
+        // half at Upper; result has the 32 bytes that count elements of size fill at most.
         byte* mask = (byte*)cpu + insn->R1;
         byte* result = stackalloc byte[32];
         for (int i = 0; i < 4; i++)
@@ -159,6 +162,7 @@ internal static unsafe class MaskedMemory
 
         int size = insn->OperandSize;
         int count = (int)insn->Immediate;
+        // SAFETY: registers of the context, as in MaskedLoad.
         byte* mask = (byte*)cpu + insn->R1;
         byte* from = (byte*)cpu + insn->R2;
         for (int i = 0; i < count; i++)
@@ -221,6 +225,7 @@ internal static unsafe class MaskedMemory
 
     private static Status StoreSelected(CpuContext* cpu, Insn* insn, int count)
     {
+        // SAFETY: registers of the context, as in MaskedLoad; for MASKMOVQ the 8 bytes of an MMX register.
         byte* from = (byte*)cpu + insn->R1;
         byte* mask = (byte*)cpu + insn->R2;
 
@@ -252,6 +257,7 @@ internal static unsafe class MaskedMemory
         int size = insn->OperandSize;
         int count = (int)insn->Immediate;
         bool hasQwordIndex = insn->Aux != null;
+        // SAFETY: registers of the context, as in MaskedLoad; Immediate bounds the elements by both registers.
         byte* to = (byte*)cpu + insn->R0;
         byte* index = (byte*)cpu + insn->R1;
         byte* mask = (byte*)cpu + insn->R2;
@@ -301,6 +307,7 @@ internal static unsafe class MaskedMemory
             return Segmentation.Linear(cpu, insn->Segment, offset, (uint)size, write, out linear);
         }
 
+        // SAFETY: SegmentBase is an offset in the context that the binder set.
         linear = offset + *(ulong*)((byte*)cpu + insn->SegmentBase);
         return true;
     }

@@ -67,6 +67,7 @@ internal static unsafe class Mmx
             return status;
         }
 
+        // SAFETY: R0 and R1 are offsets of registers in the context.
         byte* c = (byte*)cpu;
         Enter(cpu);
         return Finish(cpu, insn, c + insn->R0, c + insn->R1);
@@ -79,6 +80,8 @@ internal static unsafe class Mmx
             return status;
         }
 
+        // SAFETY: the binder put a thunk of the cache into Aux, which outlives all blocks; what it is given has the
+        // bytes that its form reads or writes: registers of the context, or memory of MemoryBytes.
         var thunk = (Thunk*)insn->Aux;
         byte* memory = VectorUnit.ReadOperand(cpu, insn, thunk);
         if (memory == null)
@@ -97,6 +100,8 @@ internal static unsafe class Mmx
             return status;
         }
 
+        // SAFETY: the binder put a thunk of the cache into Aux, which outlives all blocks; what it is given has the
+        // bytes that its form reads or writes: registers of the context, or memory of MemoryBytes.
         var thunk = (Thunk*)insn->Aux;
         int size = thunk->MemoryBytes;
         if (!Mem.Address(cpu, insn, (uint)size, write: true, out ulong linear) ||
@@ -125,6 +130,8 @@ internal static unsafe class Mmx
     // An instruction that ends in #XM has made the transition to MMX all the same, as on real processors.
     private static Status Finish(CpuContext* cpu, Insn* insn, void* p0, void* p1)
     {
+        // SAFETY: the binder put a thunk of the cache into Aux, which outlives all blocks; what it is given has the
+        // bytes that its form reads or writes: registers of the context, or memory of MemoryBytes.
         var thunk = (Thunk*)insn->Aux;
         if (thunk->Careful == null)
         {

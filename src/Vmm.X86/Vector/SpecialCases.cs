@@ -100,6 +100,7 @@ internal static unsafe class SpecialCases
             return VectorUnit.SseNotReady(cpu);
         }
 
+        // SAFETY: R0 and R1 are offsets of XMM registers in the context: 16 bytes, aligned to 16.
         *(Vector128<byte>*)((byte*)cpu + insn->R0) = *(Vector128<byte>*)((byte*)cpu + insn->R1);
         return Status.Next;
     }
@@ -111,6 +112,7 @@ internal static unsafe class SpecialCases
             return VectorUnit.SseNotReady(cpu);
         }
 
+        // SAFETY: as in Move16.
         *(Vector128<byte>*)((byte*)cpu + insn->R0) = default;
         return Status.Next;
     }
@@ -152,6 +154,7 @@ internal static unsafe class SpecialCases
             return Status.Fault;
         }
 
+        // SAFETY: as in Move16.
         *(Vector128<byte>*)((byte*)cpu + insn->R0) = value;
         return Status.Next;
     }
@@ -174,6 +177,7 @@ internal static unsafe class SpecialCases
             return Faults.Gp(cpu);
         }
 
+        // SAFETY: as in Move16.
         byte* from = (byte*)cpu + insn->R1;
         byte* pointer = Mem.WritePointer(cpu, linear, 16);
         if (pointer != null)
@@ -200,6 +204,7 @@ internal static unsafe class SpecialCases
             return Status.Fault;
         }
 
+        // SAFETY: an XMM register of the context is two words.
         var to = (ulong*)((byte*)cpu + insn->R0);
         to[0] = ulong.CreateTruncating(value);
         to[1] = 0;
@@ -217,6 +222,7 @@ internal static unsafe class SpecialCases
         return StoreGeneral<T>(cpu, insn);
     }
 
+    // SAFETY: R1 is the offset of a vector register in the context, of at least sizeof(T) bytes.
     private static Status StoreGeneral<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged =>
         Mem.Address(cpu, insn, (uint)sizeof(T), write: true, out ulong linear) &&
@@ -287,6 +293,7 @@ internal static unsafe class SpecialCases
     private static Status Crc32Register<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
+        // SAFETY: general registers of the context, of 8 bytes; AH to DH are byte 1 of theirs.
         byte* c = (byte*)cpu;
         var to = (ulong*)(c + insn->R0);
         *to = Crc32(*(uint*)to, *(T*)(c + insn->R1));
@@ -302,6 +309,7 @@ internal static unsafe class SpecialCases
             return Status.Fault;
         }
 
+        // SAFETY: a general register of the context.
         var to = (ulong*)((byte*)cpu + insn->R0);
         *to = Crc32(*(uint*)to, value);
         return Status.Next;

@@ -213,6 +213,8 @@ internal static unsafe class VectorUnit
             return TGate.NotReady(cpu);
         }
 
+        // SAFETY: R0 to R2 and Immediate are offsets of registers in the context; Aux is a thunk of the cache, which
+        // outlives all blocks, for exactly these operands.
         byte* c = (byte*)cpu;
         ((Thunk*)insn->Aux)->Fast(c + insn->R0, c + insn->R1, c + insn->R2, c + (ushort)insn->Immediate, cpu);
         return Status.Next;
@@ -226,6 +228,8 @@ internal static unsafe class VectorUnit
             return TGate.NotReady(cpu);
         }
 
+        // SAFETY: R0 to R2 and Immediate are offsets of registers in the context; Aux is a thunk of the cache, which
+        // outlives all blocks, for exactly these operands.
         byte* c = (byte*)cpu;
         ((Thunk*)insn->Aux)->Fast(c + insn->R0, c + insn->R1, c + insn->R2, c + (ushort)insn->Immediate, cpu);
         Flags.SetArithmetic(cpu, VectorScratch.Of(cpu)->Flags);
@@ -241,6 +245,9 @@ internal static unsafe class VectorUnit
             return TGate.NotReady(cpu);
         }
 
+        // SAFETY: the binder put a thunk of the cache into Aux, which outlives all blocks. It reads and writes
+        // registers at their offsets in the context, and memory of MemoryBytes that ReadOperand or the scratch area
+        // provides.
         var thunk = (Thunk*)insn->Aux;
         byte* memory = ReadOperand(cpu, insn, thunk);
         if (memory == null)
@@ -261,6 +268,7 @@ internal static unsafe class VectorUnit
             return TGate.NotReady(cpu);
         }
 
+        // SAFETY: as in Load.
         var thunk = (Thunk*)insn->Aux;
         byte* memory = ReadOperand(cpu, insn, thunk);
         if (memory == null)
@@ -290,6 +298,7 @@ internal static unsafe class VectorUnit
             return TGate.NotReady(cpu);
         }
 
+        // SAFETY: as in Load.
         var thunk = (Thunk*)insn->Aux;
         uint size = (uint)thunk->MemoryBytes;
         if (!Mem.Address(cpu, insn, size, write: true, out ulong linear))
@@ -336,6 +345,7 @@ internal static unsafe class VectorUnit
             return TGate.NotReady(cpu);
         }
 
+        // SAFETY: as in Load.
         var thunk = (Thunk*)insn->Aux;
         byte* memory = ReadOperand(cpu, insn, thunk);
         if (memory == null)
@@ -359,6 +369,7 @@ internal static unsafe class VectorUnit
             return TGate.NotReady(cpu);
         }
 
+        // SAFETY: as in Load.
         var thunk = (Thunk*)insn->Aux;
         int size = thunk->MemoryBytes;
         if (!Mem.Address(cpu, insn, (uint)size, write: true, out ulong linear) ||
@@ -451,6 +462,7 @@ internal static unsafe class VectorUnit
         uint control = (mxcsr & ~Flags) | AllMasks;
         scratch->MxcsrIn = seesTiny ? control | FlushToZero : control;
         uint unmasked = (~mxcsr >> 7) & Flags;
+        // SAFETY: p1 is the source of VCVTPS2PH where HalfElements is not 0: a register of the context.
         bool isTinyHalf = seesTiny && HasExactTinyHalf(thunk, (byte*)p1, mxcsr);
         scratch->CommitUnless = isTinyHalf ? AllMasks : unmasked;
         uint raised = thunk->Careful(p0, p1, p2, p3, cpu);
@@ -489,6 +501,7 @@ internal static unsafe class VectorUnit
         const uint DenormalsAreZero = 0x40;
         for (int i = 0; i < thunk->HalfElements; i++)
         {
+            // SAFETY: elements 0 to 3 lie in the XMM part, 4 to 7 at UpperHalf behind it.
             uint bits = *(uint*)(source + (i < 4 ? 4 * i : ThunkCache.UpperHalf + (4 * i) - 16)) & 0x7FFFFFFF;
             int exponent = (int)(bits >> 23) - 127;
             bool isTiny = bits != 0 && exponent < -14 && (bits >= 0x800000 || (mxcsr & DenormalsAreZero) == 0);

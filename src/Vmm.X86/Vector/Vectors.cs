@@ -28,6 +28,7 @@ internal static unsafe class Vectors
             return false;
         }
 
+        // SAFETY: pinned for the call only; Bind reads the bytes of this one instruction and keeps no pointer.
         fixed (byte* raw = bytes)
         {
             return VectorUnit.Bind(instruction, raw, insn, thunks);

@@ -75,6 +75,7 @@ internal static unsafe class X87
         if (shift != 0)
         {
             var old = stackalloc ulong[16];
+            // SAFETY: eight slots of 16 bytes at Slots are 16 words.
             var slots = (ulong*)((byte*)cpu + Slots);
             for (int i = 0; i < 16; i++)
             {
@@ -163,6 +164,8 @@ internal static unsafe class X87
             return status;
         }
 
+        // SAFETY: the binder put a thunk of the cache into Aux, which outlives all blocks; its memory operand is
+        // staged in the scratch area, which is larger.
         var thunk = (Thunk*)insn->Aux;
         VectorScratch* scratch = VectorScratch.Of(cpu);
         if (RunLight(cpu, thunk, null))
@@ -202,6 +205,8 @@ internal static unsafe class X87
             return status;
         }
 
+        // SAFETY: the binder put a thunk of the cache into Aux, which outlives all blocks; its memory operand is
+        // staged in the scratch area, which is larger.
         var thunk = (Thunk*)insn->Aux;
         byte* memory = VectorUnit.ReadOperand(cpu, insn, thunk);
         if (memory == null)
@@ -236,6 +241,8 @@ internal static unsafe class X87
             return status;
         }
 
+        // SAFETY: the binder put a thunk of the cache into Aux, which outlives all blocks; its memory operand is
+        // staged in the scratch area, which is larger.
         var thunk = (Thunk*)insn->Aux;
         int size = thunk->MemoryBytes;
         if (!Mem.Address(cpu, insn, (uint)size, write: true, out ulong linear) ||
@@ -256,6 +263,7 @@ internal static unsafe class X87
 
         thunk->Fast(scratch->Memory, null, null, null, cpu);
         ushort before = cpu->Fsw;
+        // SAFETY: the thunk left an FXSAVE image of 512 bytes there.
         ushort after = *(ushort*)(scratch->X87 + XsaveLayout.Fsw);
         if ((after & ~before & ~cpu->Fcw & NoStore) == 0 && !Mem.WriteBytes(cpu, linear, scratch->Memory, size))
         {
@@ -362,6 +370,7 @@ internal static unsafe class X87
         return Status.Next;
     }
 
+    // SAFETY: eight slots of 16 bytes, aligned to 16, lie at Slots of the context; callers index 0 to 7.
     private static Vector128<byte>* SlotsOf(CpuContext* cpu) => (Vector128<byte>*)((byte*)cpu + Slots);
 
     private static bool IsFull(CpuContext* cpu, int register) =>
@@ -419,6 +428,7 @@ internal static unsafe class X87
         if (light->Result == X87Result.Pushed)
         {
             Push(cpu);
+            // SAFETY: the thunk stored 10 bytes; slot 0 has 16.
             *(ulong*)slots = *(ulong*)scratch->X87;
             *((ulong*)slots + 1) = *(ushort*)(scratch->X87 + 8);
         }
@@ -444,6 +454,7 @@ internal static unsafe class X87
     private static void Commit(CpuContext* cpu, VectorScratch* scratch)
     {
         // FCW, FSW and FTW, then the eight slots.
+        // SAFETY: both are FXSAVE images of at least 512 bytes.
         *(uint*)cpu->Xsave = *(uint*)scratch->X87;
         cpu->Ftw = scratch->X87[XsaveLayout.Ftw];
         Unsafe.CopyBlockUnaligned(cpu->Xsave + XsaveLayout.St, scratch->X87 + XsaveLayout.St, 128);
@@ -644,6 +655,7 @@ internal static unsafe class X87
         for (int i = 0; i < 8; i++)
         {
             byte* slot = cpu->Xsave + XsaveLayout.St + (16 * i);
+            // SAFETY: i is below 8 and a slot has 16 bytes.
             *(ulong*)(slot + 8) = 0;
             Unsafe.CopyBlockUnaligned(slot, image + environment + (10 * i), 10);
         }
@@ -659,6 +671,7 @@ internal static unsafe class X87
     private static void WriteEnvironment(CpuContext* cpu, byte* image, bool wide)
     {
         ushort tags = FullTags(cpu);
+        // SAFETY: callers give the scratch area, 128 bytes; an environment is seven words of 4 or 2 bytes.
         bool real = cpu->Mode <= ProcessorMode.Virtual8086;
         uint fip = (uint)cpu->Fip;
         uint fdp = (uint)cpu->Fdp;
@@ -699,6 +712,7 @@ internal static unsafe class X87
 
     private static void ReadEnvironment(CpuContext* cpu, byte* image, bool wide)
     {
+        // SAFETY: callers give the scratch area, 128 bytes; an environment is seven words of 4 or 2 bytes.
         bool real = cpu->Mode <= ProcessorMode.Virtual8086;
         int step = wide ? 4 : 2;
         ushort fsw = *(ushort*)(image + step);
@@ -736,6 +750,7 @@ internal static unsafe class X87
             if ((cpu->Ftw & (1 << physical)) != 0)
             {
                 byte* slot = cpu->Xsave + XsaveLayout.St + (16 * ((physical - top) & 7));
+                // SAFETY: slots of 16 bytes, of which the number is masked to 0 to 7.
                 int exponent = *(ushort*)(slot + 8) & 0x7FFF;
                 ulong significand = *(ulong*)slot;
                 if (exponent == 0)

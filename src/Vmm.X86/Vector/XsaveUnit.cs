@@ -67,6 +67,7 @@ internal static unsafe class XsaveUnit
 
         byte* image = stackalloc byte[XsaveLayout.LegacyEnd];
         WriteX87(cpu, image, IsWide(insn));
+        // SAFETY: image has LegacyEnd (512) bytes; MXCSR and its mask lie at 24 and 28.
         *(uint*)(image + XsaveLayout.Mxcsr) = cpu->Mxcsr;
         *(uint*)(image + XsaveLayout.MxcsrMask) = MxcsrMask;
         int xmm = XmmBytes(insn);
@@ -99,6 +100,7 @@ internal static unsafe class XsaveUnit
             return Status.Fault;
         }
 
+        // SAFETY: image has at least the 512 bytes of the legacy area.
         uint mxcsr = *(uint*)(image + XsaveLayout.Mxcsr);
         if ((mxcsr & ~MxcsrMask) != 0)
         {
@@ -287,6 +289,7 @@ internal static unsafe class XsaveUnit
             return Status.Fault;
         }
 
+        // SAFETY: image has AreaBytes, which is larger than the header that was read into it.
         ulong present = *(ulong*)(image + XsaveLayout.XstateBv);
         ulong format = *(ulong*)(image + XsaveLayout.XcompBv);
         bool isCompacted = (format & Compacted) != 0;
@@ -309,6 +312,7 @@ internal static unsafe class XsaveUnit
             return Status.Fault;
         }
 
+        // SAFETY: image has at least the 512 bytes of the legacy area.
         uint mxcsr = *(uint*)(image + XsaveLayout.Mxcsr);
         bool loadsMxcsr = isCompacted
             ? (loaded & XsaveLayout.SseBit) != 0
@@ -364,6 +368,7 @@ internal static unsafe class XsaveUnit
 
         if ((components & XsaveLayout.PkruBit) != 0)
         {
+            // SAFETY: pkruAt is Pkru or a place below it, and image has Pkru + 64 bytes.
             uint pkru = (loaded & XsaveLayout.PkruBit) != 0 ? *(uint*)(image + pkruAt) : 0;
             SetPkru(cpu, pkru);
         }
@@ -448,6 +453,7 @@ internal static unsafe class XsaveUnit
         image[5] = 0;
         if (!wide)
         {
+            // SAFETY: callers give at least the 512 bytes of the legacy area.
             *(ulong*)(image + XsaveLayout.Fip) = (uint)cpu->Fip;
             *(ulong*)(image + XsaveLayout.Fdp) = (uint)cpu->Fdp;
         }
@@ -455,6 +461,8 @@ internal static unsafe class XsaveUnit
 
     private static void ReadX87(CpuContext* cpu, byte* image, bool wide)
     {
+        // SAFETY: callers give at least the 512 bytes of the legacy area; i is below 8, and a slot of either image
+        // has 16 bytes.
         cpu->Fcw = (ushort)((*(ushort*)image & 0x1F7F) | 0x40);
         cpu->Fsw = *(ushort*)(image + XsaveLayout.Fsw);
         cpu->Ftw = image[XsaveLayout.Ftw];
