@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: BSD-2-Clause
-using System;
 using FluentAssertions;
 using Vmm.Core;
 using Xunit;

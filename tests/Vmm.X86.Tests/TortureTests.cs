@@ -9,7 +9,8 @@ namespace Vmm.X86.Tests;
 
 /// <summary>
 /// Random bytes as code in every mode: Run never throws or fails, and nothing outside guest memory changes (the
-/// neighbours of guest RAM are checked by <see cref="TestVm"/>'s poisoned margins).
+/// neighbours of guest RAM are checked by <see cref="TestVm"/>'s poisoned margins). VMM_TORTURE_INSTRUCTIONS asks for that
+/// many instructions in each mode instead of a few rounds (tests/fuzz/guest).
 /// </summary>
 public sealed class TortureTests
 {
@@ -24,10 +25,12 @@ public sealed class TortureTests
     [InlineData("traced", 8)]
     public void RandomCode_AnyMode_NeverFails(string mode, int seed)
     {
-        int rounds = int.TryParse(Environment.GetEnvironmentVariable("VMM_TORTURE_ROUNDS"), out int asked) ? asked : 60;
+        const int Rounds = 60;
+        _ = long.TryParse(Environment.GetEnvironmentVariable("VMM_TORTURE_INSTRUCTIONS"), out long wanted);
+        int turns = wanted > 0 ? 200 : 3;
         var random = new Random(seed);
         using var vm = new TestVm(1 << 20);
-        for (int round = 0; round < rounds; round++)
+        for (int round = 0; round < Rounds || vm.Cpu.InstructionsRetired < wanted; round++)
         {
             // Everything is random but what the mode needs; code covers most of the first half of memory.
             vm.Memory.Clear();
@@ -48,8 +51,20 @@ public sealed class TortureTests
             vm.Cpu.WriteState(vm.State);
             using var timer = new Timer(_ => vm.Cpu.Kick(), null, 20, 20);
             var exit = default(VcpuExit);
-            for (int turn = 0; turn < 3; turn++)
+            for (int turn = 0; turn < turns; turn++)
             {
+                if (turn >= 3)
+                {
+                    // On from somewhere else, in whatever mode the guest has got itself into.
+                    vm.Cpu.ReadState(vm.State);
+                    vm.State.Rip = (ulong)random.Next(0x30000);
+                    vm.State.Gpr[random.Next(16)] = (ulong)random.Next(1 << 20);
+                    vm.State.Rflags |= 0x200;
+                    vm.State.Activity = ActivityState.Running;
+                    vm.Cpu.WriteState(vm.State);
+                }
+
+
                 ExitKind kind = vm.Cpu.Run(ref exit);
                 kind.Should().NotBe(ExitKind.Failed, "round {0} of {1}: {2}", round, mode, exit.Detail);
                 if (kind is ExitKind.Shutdown)
