@@ -64,6 +64,9 @@ build_l1() {
 	work=$1
 	mkdir -p "$work"
 	new_root "$work/l2" tests/hosts/l2-init
+	if "${CC:-gcc}" -O2 -static -o "$work/l2/bin/counter" tests/hosts/counter.c 2>/dev/null; then
+		cp "$work/l2/bin/counter" "$work/counter"
+	fi
 	pack "$work/l2" "$work/l2.gz"
 
 	new_root "$work/l1" tests/hosts/l1-init
@@ -72,6 +75,7 @@ build_l1() {
 		add_module "$work/l1" "$module"
 	done
 	cp tests/hosts/l1-cases "$work/l1/cases"
+	[ ! -x "$work/counter" ] || cp "$work/counter" "$work/l1/bin/counter"
 	mkdir -p "$work/l1/vm"
 	cp "$kernel" "$work/l1/vm/vmlinuz"
 	cp "$work/l2.gz" "$work/l1/vm/initrd.gz"
