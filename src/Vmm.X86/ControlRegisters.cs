@@ -95,6 +95,7 @@ internal static unsafe class ControlRegisters
     {
         ulong features = cpu->Features;
         ulong allowed = Cr4.Tsd | Cr4.De | Cr4.Pse | Cr4.Pae | Cr4.Mce | Cr4.Pge | Cr4.Pce | Cr4.OsFxsr | Cr4.OsXmmExcpt;
+        allowed |= (features & CpuFeature.Vme) != 0 ? Cr4.Vme | Cr4.Pvi : 0;
         allowed |= (features & CpuFeature.Umip) != 0 ? Cr4.Umip : 0;
         allowed |= (features & CpuFeature.La57) != 0 ? Cr4.La57 : 0;
         allowed |= (features & CpuFeature.FsGsBase) != 0 ? Cr4.FsGsBase : 0;

@@ -672,7 +672,8 @@ internal static unsafe class FarTransfer
 
     private static Status IretReal(CpuContext* cpu, int size, bool isVirtual)
     {
-        if (isVirtual && (cpu->RflagsSystem & Rflags.Iopl) != Rflags.Iopl)
+        bool usesVif = isVirtual && (cpu->RflagsSystem & Rflags.Iopl) != Rflags.Iopl;
+        if (usesVif && (size != 2 || !VirtualInterrupts.AreOn(cpu)))
         {
             return Faults.Gp(cpu);
         }
@@ -688,9 +689,15 @@ internal static unsafe class FarTransfer
             return Faults.Gp(cpu);
         }
 
+        if (usesVif && !VirtualInterrupts.TryLoad(cpu, flags))
+        {
+            return Faults.Gp(cpu);
+        }
+
         Stack.Drop(cpu, 3 * (uint)size);
         Segmentation.AssignReal(cpu, Seg.Cs, (ushort)selector);
-        ulong mask = Rflags.Arithmetic | Rflags.Tf | Rflags.If | Rflags.Df | Rflags.Nt;
+        ulong mask = Rflags.Arithmetic | Rflags.Tf | Rflags.Df | Rflags.Nt;
+        mask |= usesVif ? 0 : Rflags.If;
         mask |= size > 2 ? Rflags.Rf | Rflags.Ac | Rflags.Id : 0;
         mask |= isVirtual ? 0 : Rflags.Iopl;
         SetFlags(cpu, flags, mask);
@@ -773,12 +780,52 @@ internal static unsafe class FarTransfer
     /// <summary>INT n.</summary>
     public static Status Int(CpuContext* cpu, Insn* insn)
     {
-        if (cpu->Mode == ProcessorMode.Virtual8086 && (cpu->RflagsSystem & Rflags.Iopl) != Rflags.Iopl)
+        if (cpu->Mode == ProcessorMode.Virtual8086)
         {
-            return Faults.Gp(cpu);
+            bool redirects = false;
+            if ((cpu->Cr4 & Cr4.Vme) != 0 && !VirtualInterrupts.Redirects(cpu, (byte)insn->Immediate, out redirects))
+            {
+                return Status.Fault;
+            }
+
+            if (redirects)
+            {
+                return Redirect(cpu, insn);
+            }
+
+            if ((cpu->RflagsSystem & Rflags.Iopl) != Rflags.Iopl)
+            {
+                return Faults.Gp(cpu);
+            }
         }
 
         return Software(cpu, insn, (byte)insn->Immediate, EventKind.Software);
+    }
+
+    // INT n of a virtual-8086 task through the task's own vectors at linear address 0, as on an 8086 (SDM 3B 21.3.3, methods
+    // 5 and 6).
+    private static Status Redirect(CpuContext* cpu, Insn* insn)
+    {
+        ulong flags = Flags.Get(cpu);
+        bool usesVif = (flags & Rflags.Iopl) != Rflags.Iopl;
+        ulong rsp = cpu->Rsp;
+        if (!Mem.Read(cpu, (ulong)(byte)insn->Immediate * 4, out uint entry))
+        {
+            return Status.Fault;
+        }
+
+        if (!Stack.Push<ushort>(cpu, usesVif ? VirtualInterrupts.Image(flags) : flags) ||
+            !Stack.Push<ushort>(cpu, CpuContext.Segment(cpu, Seg.Cs)->Selector) ||
+            !Stack.Push<ushort>(cpu, Insn.NextAddress(cpu, insn)))
+        {
+            cpu->Rsp = rsp;
+            return Status.Fault;
+        }
+
+        cpu->RflagsSystem &= ~(Rflags.Tf | (usesVif ? Rflags.Vif : Rflags.If));
+        Segmentation.AssignReal(cpu, Seg.Cs, entry >> 16);
+        SoftVcpu.From(cpu).SuppressTrap();
+        return Finish(cpu, entry & 0xFFFF);
     }
 
     /// <summary>INT3.</summary>

@@ -46,7 +46,13 @@ internal static unsafe class SystemGroup
     {
         if (cpu->Mode != ProcessorMode.Real && cpu->Cpl > (int)((cpu->RflagsSystem >> 12) & 3))
         {
-            return Faults.Gp(cpu);
+            if (!VirtualInterrupts.AreOn(cpu))
+            {
+                return Faults.Gp(cpu);
+            }
+
+            cpu->RflagsSystem &= ~Rflags.Vif;
+            return Status.Next;
         }
 
         cpu->RflagsSystem &= ~Rflags.If;
@@ -57,7 +63,13 @@ internal static unsafe class SystemGroup
     {
         if (cpu->Mode != ProcessorMode.Real && cpu->Cpl > (int)((cpu->RflagsSystem >> 12) & 3))
         {
-            return Faults.Gp(cpu);
+            if (!VirtualInterrupts.AreOn(cpu) || (cpu->RflagsSystem & Rflags.Vip) != 0)
+            {
+                return Faults.Gp(cpu);
+            }
+
+            cpu->RflagsSystem |= Rflags.Vif;
+            return Status.Next;
         }
 
         if ((cpu->RflagsSystem & Rflags.If) != 0)
@@ -73,12 +85,17 @@ internal static unsafe class SystemGroup
     /// <summary>PUSHF: T by OperandSize.</summary>
     public static Status Pushf(CpuContext* cpu, Insn* insn)
     {
-        if (cpu->Mode == ProcessorMode.Virtual8086 && (cpu->RflagsSystem & Rflags.Iopl) != Rflags.Iopl)
+        ulong flags = Flags.Get(cpu) & ~(Rflags.Rf | Rflags.Vm);
+        if (cpu->Mode == ProcessorMode.Virtual8086 && (flags & Rflags.Iopl) != Rflags.Iopl)
         {
-            return Faults.Gp(cpu);
+            if (insn->OperandSize != 2 || !VirtualInterrupts.AreOn(cpu))
+            {
+                return Faults.Gp(cpu);
+            }
+
+            flags = VirtualInterrupts.Image(flags);
         }
 
-        ulong flags = Flags.Get(cpu) & ~(Rflags.Rf | Rflags.Vm);
         bool done = insn->OperandSize switch
         {
             2 => Stack.Push<ushort>(cpu, flags),
@@ -91,12 +108,13 @@ internal static unsafe class SystemGroup
     public static Status Popf(CpuContext* cpu, Insn* insn)
     {
         int iopl = (int)((cpu->RflagsSystem >> 12) & 3);
-        if (cpu->Mode == ProcessorMode.Virtual8086 && iopl != 3)
+        uint size = insn->OperandSize;
+        bool isVirtual = cpu->Mode == ProcessorMode.Virtual8086 && iopl != 3;
+        if (isVirtual && (size != 2 || !VirtualInterrupts.AreOn(cpu)))
         {
             return Faults.Gp(cpu);
         }
 
-        uint size = insn->OperandSize;
         ulong flags;
         bool done = size switch
         {
@@ -107,6 +125,11 @@ internal static unsafe class SystemGroup
         if (!done)
         {
             return Status.Fault;
+        }
+
+        if (isVirtual && !VirtualInterrupts.TryLoad(cpu, flags))
+        {
+            return Faults.Gp(cpu);
         }
 
         Stack.Drop(cpu, size);
