@@ -6,7 +6,7 @@ namespace Vmm.Core;
 // Theory. The fourth waist: what devices talk to on the host. A device model never sees a file, socket or terminal;
 // it is given one of these. Calls into a back end do not block on the outside world; completions and input arrive on a
 // thread of the back end's choosing, one at a time per back end, and never while the caller's Submit/Write/Send is on
-// the stack. A device takes its own lock inside the callback and holds none while it calls out.
+// the stack (block requests may allow both, see BlockRequest.MayCompleteInline). A device takes its own lock inside the callback and holds none while it calls out.
 
 /// <summary>Kinds of block requests.</summary>
 public enum BlockOperation
@@ -63,6 +63,12 @@ public abstract class BlockRequest
 
     /// <summary>Discard and WriteZeroes: the range may be deallocated.</summary>
     public bool MayUnmap { get; set; }
+
+    /// <summary>
+    /// The device takes a completion inside Submit, too, and while another thread completes another request: a back end may
+    /// then answer at once what needs no waiting.
+    /// </summary>
+    public bool MayCompleteInline { get; init; }
 
     /// <summary>Guest RAM pieces; the first <see cref="SliceCount"/> are valid.</summary>
     public GuestSlice[] Slices { get; set; } = [];

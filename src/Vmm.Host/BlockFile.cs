@@ -34,7 +34,10 @@ public sealed partial class BlockFile : IDisposable
 {
     private const int MaxVector = 64;
     private const int Eintr = 4;
+    private const int Einval = 22;
     private const int Enospc = 28;
+    private const int Eopnotsupp = 95; // Linux
+    private const int ReadNoWait = 8; // RWF_NOWAIT
     private const int SeekEnd = 2;
     private const long QemuWriteByte = 101;
     private const long QemuResizeByte = 103;
@@ -46,6 +49,7 @@ public sealed partial class BlockFile : IDisposable
     private long _ioErrors;
     private int _lastErrno;
     private volatile bool _syncFailed;
+    private bool _canReadCached = OperatingSystem.IsLinux();
     private bool _canPunch = true;
     private bool _canZeroRange = true;
 
@@ -65,6 +69,12 @@ public sealed partial class BlockFile : IDisposable
 
     /// <summary>A block (or FreeBSD character) device: its length is fixed.</summary>
     public bool IsDevice { get; }
+
+    /// <summary>The descriptor, for an <see cref="IoUring"/>; closed with this object.</summary>
+    public SafeFileHandle Handle => _handle;
+
+    /// <summary>A sync failed, and so does every later one.</summary>
+    public bool HasSyncFailed => _syncFailed;
 
     /// <summary>Failed calls since it was opened.</summary>
     public long IoErrors => Interlocked.Read(ref _ioErrors);
@@ -271,6 +281,44 @@ public sealed partial class BlockFile : IDisposable
         return BlockStatus.Ok;
     }
 
+    /// <summary>Reads into guest RAM what is in the host's page cache. Linux only; never waits for a disk.</summary>
+    /// <returns>False when not all of it was there; the buffer is then undefined.</returns>
+    public bool TryReadCached(long offset, in IoBuffer into)
+    {
+        if (!_canReadCached || into.IsMemory)
+        {
+            return false;
+        }
+
+        Span<IoBuffer.Iovec> vector = stackalloc IoBuffer.Iovec[MaxVector];
+        int count = into.Describe(0, vector, out long covered);
+        if (covered != into.Length)
+        {
+            return false;
+        }
+
+        nint got = preadv2(_handle, ref vector[0], count, offset, ReadNoWait);
+        if (got < 0 && Marshal.GetLastPInvokeError() is Eopnotsupp or Einval)
+        {
+            _canReadCached = false; // a file system without it
+        }
+
+        return got == into.Length;
+    }
+
+    /// <summary>Notes a failure that an <see cref="IoUring"/> reported, as the calls of this class do.</summary>
+    /// <param name="operation">What failed.</param>
+    /// <param name="errno">The host's number.</param>
+    /// <returns>What to tell the guest.</returns>
+    public BlockStatus Fail(RingOperation operation, int errno)
+    {
+        _syncFailed |= operation == RingOperation.Sync;
+        return Failed(errno);
+    }
+
+    /// <summary>An <see cref="IoUring"/> result that means "again" (EINTR, EAGAIN on Linux).</summary>
+    public static bool IsTransient(int result) => result is -Eintr or -11;
+
     /// <summary>
     /// Everything written before is on stable storage afterwards (fdatasync: data and what is needed to find it). An
     /// error here is final: the host may have dropped the pages that it could not write, so that a second call would
@@ -419,6 +467,9 @@ public sealed partial class BlockFile : IDisposable
 
     [LibraryImport("libc", SetLastError = true)]
     private static partial nint preadv(SafeFileHandle fd, ref IoBuffer.Iovec vector, int count, long offset);
+
+    [LibraryImport("libc", SetLastError = true)]
+    private static partial nint preadv2(SafeFileHandle fd, ref IoBuffer.Iovec vector, int count, long offset, int flags);
 
     [LibraryImport("libc", SetLastError = true)]
     private static partial nint pwritev(SafeFileHandle fd, ref IoBuffer.Iovec vector, int count, long offset);

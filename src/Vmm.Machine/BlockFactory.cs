@@ -39,7 +39,7 @@ public static class BlockFactory
                 BytesPerSecond = spec.BytesPerSecond,
                 RequestsPerSecond = spec.RequestsPerSecond,
             };
-            return new ThreadedBlockBackend(DiskImage.Open(spec.Path, isReadOnly, format), name, options);
+            return RingBlockBackend.Open(DiskImage.Open(spec.Path, isReadOnly, format), name, options);
         }
         catch (IOException e)
         {

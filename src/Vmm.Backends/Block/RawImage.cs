@@ -53,6 +53,9 @@ public sealed class RawImage : BlockImage
     /// <inheritdoc/>
     public override string LastError => _file.LastError;
 
+    /// <summary>The file underneath.</summary>
+    internal BlockFile File => _file;
+
     /// <summary>Opens and locks a raw image.</summary>
     /// <exception cref="IOException">The file cannot be opened or is in use.</exception>
     /// <exception cref="ImageException">The file is empty.</exception>

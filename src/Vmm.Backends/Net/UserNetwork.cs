@@ -5,7 +5,6 @@ using System.Collections.Generic;
 using System.Net;
 using System.Net.Sockets;
 using System.Runtime.InteropServices;
-using System.Security.Cryptography;
 using System.Threading;
 using Vmm.Core;
 using Vmm.Host;
@@ -75,6 +74,7 @@ public sealed class UserNetwork : INetBackend
     private INetReceiver? _receiver;
     private readonly IReadOnlyList<IPAddress> _nameServers;
     private ushort _nextForwardPort = 49152;
+    private ushort _nextFragmentId;
     private int _signalled;
     private bool _tick;
     private bool _inSend;
@@ -108,7 +108,7 @@ public sealed class UserNetwork : INetBackend
         Mtu = Math.Clamp(options.Mtu, 576, 65535);
         _nameServers = options.NameServers ?? Dns.ReadServers("/etc/resolv.conf");
         Span<byte> seed = stackalloc byte[4];
-        RandomNumberGenerator.Fill(seed);
+        HostRandom.Fill(seed);
         _issBase = BinaryPrimitives.ReadUInt32LittleEndian(seed);
         _ownsLoop = loop is null;
         _loop = loop ?? new PollLoop("user-net " + options.HostName);
@@ -327,7 +327,7 @@ public sealed class UserNetwork : INetBackend
 
         byte[] whole = udp.ToArray();
         int piece = room & ~7;
-        ushort id = (ushort)RandomNumberGenerator.GetInt32(65536);
+        ushort id = ++_nextFragmentId;
         for (int at = 0; at < whole.Length; at += piece)
         {
             int take = Math.Min(piece, whole.Length - at);

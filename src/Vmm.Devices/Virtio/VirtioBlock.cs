@@ -62,6 +62,7 @@ public sealed class VirtioBlock : VirtioModel
     private readonly ushort[] _queueSizes;
     private readonly byte[] _config = new byte[60];
     private int _inFlight;
+    private int _batchThread;
     private int _writeback = 1;
     private long _hostErrors;
 
@@ -139,6 +140,15 @@ public sealed class VirtioBlock : VirtioModel
         {
             Volatile.Write(ref _writeback, from[0]);
         }
+    }
+
+    /// <inheritdoc/>
+    public override bool Notify(int queue)
+    {
+        Volatile.Write(ref _batchThread, Environment.CurrentManagedThreadId);
+        bool again = base.Notify(queue);
+        Volatile.Write(ref _batchThread, 0);
+        return again;
     }
 
     /// <inheritdoc/>
@@ -225,14 +235,19 @@ public sealed class VirtioBlock : VirtioModel
         base.Dispose(disposing);
     }
 
-    private static void Finish(Virtqueue ring, VirtqueueChain chain, byte status, long dataBytes)
+    // Inside a batch on the worker the driver is told of all that was finished at its end.
+    private void Finish(Virtqueue ring, VirtqueueChain chain, byte status, long dataBytes)
     {
         if (!chain.TryWrite(chain.WritableBytes - 1, [status]))
         {
             ring.Break(VirtqueueFault.BadAddress);
         }
 
-        ring.Complete(chain, (uint)Math.Min(dataBytes + 1, uint.MaxValue));
+        ring.Push(chain, (uint)Math.Min(dataBytes + 1, uint.MaxValue));
+        if (Environment.CurrentManagedThreadId != Volatile.Read(ref _batchThread))
+        {
+            ring.Flush();
+        }
     }
 
     private void FillConfig()
@@ -422,7 +437,11 @@ public sealed class VirtioBlock : VirtioModel
     {
         private readonly VirtioBlock _owner;
 
-        public Job(VirtioBlock owner) => _owner = owner;
+        public Job(VirtioBlock owner)
+        {
+            _owner = owner;
+            MayCompleteInline = true;
+        }
 
         public Virtqueue? Ring { get; set; }
 

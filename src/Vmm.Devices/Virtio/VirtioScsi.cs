@@ -485,7 +485,11 @@ public sealed class VirtioScsi : VirtioModel
     {
         private readonly VirtioScsi _owner;
 
-        public Job(VirtioScsi owner) => _owner = owner;
+        public Job(VirtioScsi owner)
+        {
+            _owner = owner;
+            MayCompleteInline = true;
+        }
 
         public Virtqueue? Ring { get; set; }
 
