@@ -65,7 +65,20 @@ internal sealed unsafe class KvmVcpu : IVcpu
         _isUserIrqchip = vm.Irqchip == IrqchipMode.User;
         _hasImmediateExit = vm.System.Probed.ImmediateExit;
         _activity = index == 0 || !_isUserIrqchip ? ActivityState.Running : ActivityState.WaitForInit;
-        _access = new VcpuStateAccess(file, _run, vm.System.Probed, vm.System.SavedMsrs, _isUserIrqchip);
+        _access = new VcpuStateAccess(file, _run, vm.System.Probed, vm.System.SavedMsrs, _isUserIrqchip, HostPkruOffset(vm.System));
+    }
+
+    private static int HostPkruOffset(KvmSystem system)
+    {
+        foreach (CpuidEntry entry in system.SupportedCpuid)
+        {
+            if (entry.Function == 0xD && entry.Index == 9)
+            {
+                return (int)Math.Min(entry.Ebx, int.MaxValue);
+            }
+        }
+
+        return 0;
     }
 
     /// <inheritdoc/>

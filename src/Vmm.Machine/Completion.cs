@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using System.Collections.Concurrent;
 using System.Collections.Generic;
 using Vmm.Core;
 using Vmm.Host;
@@ -13,7 +14,7 @@ namespace Vmm.Machine;
 // has changed its own; what it reads and writes are only registers, because everything else of the vCPU (time, its local
 // APIC) lives on meanwhile.
 //
-// Called on the vCPU's own thread, so nothing here is locked except the making of a software processor.
+// Called on the vCPU's own thread, so nothing here is locked except the counts, which others read.
 
 /// <summary>Lets the software CPU execute what a driver cannot (the plan's "completion").</summary>
 internal sealed class Completion : ICompleter, IDisposable
@@ -23,6 +24,7 @@ internal sealed class Completion : ICompleter, IDisposable
     private readonly Func<int, CpuidEntry[]> _cpuid;
     private readonly IReadOnlyList<ICpuInterruptPort> _ports;
     private readonly Helper?[] _helpers;
+    private readonly ConcurrentDictionary<string, long> _counts = new(StringComparer.Ordinal);
 
     /// <summary>Makes one.</summary>
     /// <param name="slots">The machine's memory.</param>
@@ -45,6 +47,9 @@ internal sealed class Completion : ICompleter, IDisposable
     }
 
     /// <inheritdoc/>
+    public IReadOnlyDictionary<string, long> Counts => _counts;
+
+    /// <inheritdoc/>
     public bool TryComplete(IVcpu vcpu, in VcpuExit exit, out string failure)
     {
         Helper helper = _helpers[vcpu.Index] ??= new Helper(
@@ -54,9 +59,16 @@ internal sealed class Completion : ICompleter, IDisposable
         vcpu.ReadRegisters(state);
         ulong rip = state.Rip;
         CompletionOutcome outcome = helper.Completer.Complete(state);
+        _counts.AddOrUpdate(helper.Completer.LastMnemonic, 1, static (_, count) => count + 1);
         if (outcome == CompletionOutcome.Shutdown)
         {
             failure = $"the instruction at 0x{rip:x} shuts the processor down";
+            return false;
+        }
+
+        if (outcome == CompletionOutcome.Unsupported)
+        {
+            failure = $"{helper.Completer.LastMnemonic} at 0x{rip:x} moves state that the software CPU does not carry (XCR0 is 0x{state.Xcr0:x})";
             return false;
         }
 

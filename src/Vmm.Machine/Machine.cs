@@ -34,7 +34,6 @@ public sealed class Machine : IVcpuOwner, IDisposable
     private bool _running;
     private bool _started;
     private bool _disposed;
-    private long _completions;
 
     internal Machine(MachineParts parts)
     {
@@ -67,8 +66,8 @@ public sealed class Machine : IVcpuOwner, IDisposable
     /// <summary>True while vCPUs run.</summary>
     public bool IsRunning => Volatile.Read(ref _running);
 
-    /// <summary>Instructions that the driver could not execute and the software CPU did.</summary>
-    public long Completions => Interlocked.Read(ref _completions);
+    /// <summary>Instructions that the driver could not execute and the software CPU did: how often, by mnemonic. Any thread.</summary>
+    public IReadOnlyDictionary<string, long> CompletedInstructions => _parts.Completer.Counts;
 
     /// <summary>The result once the machine has stopped.</summary>
     public MachineResult? Result => Volatile.Read(ref _result);
@@ -337,9 +336,6 @@ public sealed class Machine : IVcpuOwner, IDisposable
     }
 
     /// <inheritdoc/>
-    bool IVcpuOwner.TryComplete(VcpuThread thread, in VcpuExit exit, out string failure)
-    {
-        Interlocked.Increment(ref _completions);
-        return _parts.Completer.TryComplete(thread.Vcpu, exit, out failure);
-    }
+    bool IVcpuOwner.TryComplete(VcpuThread thread, in VcpuExit exit, out string failure) =>
+        _parts.Completer.TryComplete(thread.Vcpu, exit, out failure);
 }

@@ -15,6 +15,9 @@ internal interface ICompleter
     /// <summary>Executes the instruction at the vCPU's RIP and moves on.</summary>
     /// <returns>False, with a line for people, when it cannot be executed either.</returns>
     bool TryComplete(IVcpu vcpu, in VcpuExit exit, out string failure);
+
+    /// <summary>Which instructions were executed how often, by mnemonic. Any thread.</summary>
+    IReadOnlyDictionary<string, long> Counts { get; }
 }
 
 /// <summary>What MachineBuilder hands to a Machine.</summary>

@@ -27,7 +27,7 @@ internal static unsafe class Binder
         insn->AddressMask = Mask(insn->AddressSize);
         Operands(instruction, insn, key);
         insn->Handler = &Misc.Ud;
-        if (!vcpu.IsOffered(instruction.Code))
+        if (!vcpu.IsOffered(instruction.Code) || (vcpu.RefusesComponents && XsaveUnit.MovesComponents(instruction.Code)))
         {
             return true;
         }

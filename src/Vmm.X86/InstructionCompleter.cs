@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
 using System.Collections.Generic;
+using Iced.Intel;
 using Vmm.Core;
 
 namespace Vmm.X86;
@@ -22,12 +23,22 @@ public enum CompletionOutcome
 
     /// <summary>The processor would shut down.</summary>
     Shutdown,
+
+    /// <summary>
+    /// It moves state components that this processor does not carry (AVX-512 and beyond, named by XCR0). Nothing changed:
+    /// half a register file saved would be lost data.
+    /// </summary>
+    Unsupported,
 }
 
 /// <summary>
 /// Executes single instructions for another driver that cannot (KVM_EXIT_INTERNAL_ERROR with the emulation suberror). It
 /// is a software processor of its own over the same memory and address maps, with nothing cached between two calls
 /// because the other driver's vCPUs write memory without telling. One thread at a time.
+/// <para>
+/// What CPUID hides is executed all the same: the guest has run on a host processor that does not ask CPUID either, so an
+/// instruction that reaches this class is one that the host would have executed.
+/// </para>
 /// </summary>
 public sealed unsafe class InstructionCompleter : IDisposable
 {
@@ -52,8 +63,12 @@ public sealed unsafe class InstructionCompleter : IDisposable
         _vm = (SoftVm)_hypervisor.CreateVm(options with { Irqchip = IrqchipMode.User });
         _vcpu = (SoftVcpu)_vm.CreateVcpu(0, interrupts ?? new NoPort());
         _vcpu.CachesCode = false;
+        _vcpu.OffersAll = true;
         _vcpu.SetCpuid([.. cpuid]);
     }
+
+    /// <summary>What the last <see cref="Complete"/> executed, as assemblers spell it: "cmpxchg16b"; empty when it could not be fetched.</summary>
+    public string LastMnemonic { get; private set; } = string.Empty;
 
     /// <summary>Mirrors <see cref="IVm.SetMemorySlot"/> of the other driver. Not during <see cref="Complete"/>.</summary>
     public void SetMemorySlot(int slot, in MemorySlot memory) => _vm.SetMemorySlot(slot, memory);
@@ -65,10 +80,21 @@ public sealed unsafe class InstructionCompleter : IDisposable
     {
         ArgumentNullException.ThrowIfNull(state);
         CpuContext* cpu = _vcpu.Context;
+        ulong foreignXcr0 = state.Xcr0 & ~XsaveState.Supported;
+        ulong foreignPresent = BitConverter.ToUInt64(state.Xsave, XsaveLayout.XstateBv) & ~XsaveState.Supported;
+        _vcpu.RefusesComponents = foreignXcr0 != 0;
         _vcpu.WriteState(state);
+        cpu->CurrentBlock = null;
         DevicePort.Leave(cpu);
         Status status = _vcpu.Step(cpu, out bool faulted);
         DevicePort.Enter(cpu);
+        Block* block = cpu->CurrentBlock;
+        LastMnemonic = block == null ? string.Empty : ((Code)block->First->Code).Mnemonic().ToString().ToLowerInvariant();
+        if (_vcpu.RefusesComponents && block != null && XsaveUnit.MovesComponents((Code)block->First->Code))
+        {
+            return CompletionOutcome.Unsupported;
+        }
+
         FaultInfo fault = cpu->Fault;
         if (status == Status.Halt)
         {
@@ -84,7 +110,11 @@ public sealed unsafe class InstructionCompleter : IDisposable
             cpu->Dr6 |= fault.Address;
         }
 
+        // Components that only the other driver knows stay as they are, bytes and presence.
         _vcpu.ReadState(state);
+        state.Xcr0 |= foreignXcr0;
+        ulong present = BitConverter.ToUInt64(state.Xsave, XsaveLayout.XstateBv) | foreignPresent;
+        BitConverter.TryWriteBytes(state.Xsave.AsSpan(XsaveLayout.XstateBv), present);
         if (faulted)
         {
             state.EventPending = true;

@@ -9,9 +9,20 @@ public sealed unsafe partial class SoftVcpu
 {
     private readonly byte[] _offered = new byte[8192];
 
+    /// <summary>Whatever this processor can execute is offered, CPUID or not (<see cref="InstructionCompleter"/>).</summary>
+    internal bool OffersAll { get; set; }
+
+    /// <summary>XCR0 names state that is not carried here: the XSAVE family raises #UD (<see cref="InstructionCompleter"/>).</summary>
+    internal bool RefusesComponents { get; set; }
+
     /// <summary>True when CPUID offers everything that a code needs.</summary>
     internal bool IsOffered(Code code)
     {
+        if (OffersAll)
+        {
+            return true;
+        }
+
         byte known = _offered[(int)code];
         if (known == 0)
         {

@@ -38,6 +38,7 @@ internal sealed class MachineControl : IMachineControl
         UptimeSeconds = Stopwatch.GetElapsedTime(_start).TotalSeconds,
         CpuSeconds = Environment.CpuUsage.TotalTime.TotalSeconds,
         ResidentBytes = Environment.WorkingSet,
+        Completed = _machine.CompletedInstructions,
         Vnc = _spec.Display.VncAddress ?? _spec.Display.VncSocket,
     };
 

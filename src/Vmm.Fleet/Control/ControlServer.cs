@@ -394,6 +394,17 @@ public sealed class ControlServer : IAsyncDisposable
         {
             json.WriteString("vnc", report.Vnc);
         }
+
+        if (report.Completed.Count != 0)
+        {
+            json.WriteStartObject("completed");
+            foreach ((string mnemonic, long count) in report.Completed)
+            {
+                json.WriteNumber(mnemonic, count);
+            }
+
+            json.WriteEndObject();
+        }
     }
 
     private sealed class Client

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using System.Collections.Generic;
+using System.Collections.ObjectModel;
 
 namespace Vmm.Fleet.Control;
 
@@ -48,6 +50,9 @@ public sealed record VmReport
 
     /// <summary>Memory of the host that the process holds, guest memory included, in bytes.</summary>
     public long ResidentBytes { get; init; }
+
+    /// <summary>Instructions that the driver could not execute and the software CPU did: how often, by mnemonic.</summary>
+    public IReadOnlyDictionary<string, long> Completed { get; init; } = ReadOnlyDictionary<string, long>.Empty;
 
     /// <summary>Where VNC listens, or null.</summary>
     public string? Vnc { get; init; }

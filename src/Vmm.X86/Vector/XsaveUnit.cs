@@ -42,6 +42,11 @@ internal static unsafe class XsaveUnit
         return handler != null;
     }
 
+    /// <summary>True for the instructions that save or load what XCR0 names.</summary>
+    public static bool MovesComponents(Code code) => code.Mnemonic() is Mnemonic.Xsave or Mnemonic.Xsave64
+        or Mnemonic.Xsaveopt or Mnemonic.Xsaveopt64 or Mnemonic.Xsavec or Mnemonic.Xsavec64 or Mnemonic.Xsaves
+        or Mnemonic.Xsaves64 or Mnemonic.Xrstor or Mnemonic.Xrstor64 or Mnemonic.Xrstors or Mnemonic.Xrstors64;
+
     private static bool IsWide(Insn* insn) => (Code)insn->Code is Code.Fxsave64_m512byte or Code.Fxrstor64_m512byte
         or Code.Xsave64_mem or Code.Xsaveopt64_mem or Code.Xsavec64_mem or Code.Xsaves64_mem or Code.Xrstor64_mem
         or Code.Xrstors64_mem;
