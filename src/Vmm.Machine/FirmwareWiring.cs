@@ -102,6 +102,12 @@ internal sealed class FirmwareWiring
         config.AddNumber(FwCfgKey.NoGraphic, hasVga ? 0UL : 1UL, 2);
         config.AddNumber(FwCfgKey.BootMenu, spec.Boot.Menu ? 1UL : 0, 2);
         config.AddNumber(FwCfgKey.Irq0Override, 1, 4);
+        if (!hasVga && spec.Serial.Count > 0)
+        {
+            // Without a screen SeaBIOS shows it on COM1 and takes keys from there.
+            config.AddFile("etc/sercon-port", 0x3F8, 2);
+        }
+
         config.AddFile("etc/e820", MemoryMap(layout, spec.VmGenId));
         config.AddFile("bootorder", Encoding.ASCII.GetBytes(storage.BootOrder(spec.Boot.Order) + "\0"));
         FwCfgAcpi.AddTo(config, TableSlackBytes, () => AcpiTables.Build(Acpi(parts, spec, layout, bus, storage, pm, hasVga)));

@@ -203,7 +203,9 @@ internal sealed class StorageWiring
         _bus.Ports.Map(0x81, dma.Pages);
         if (hasFirmware || Array.Exists(_ide, drive => drive is not null))
         {
-            var ide = new Piix3Ide(_ide, isa[14], isa[15], isEnabledAtReset: !hasFirmware);
+            // SeaBIOS turns the channels on, OVMF and kernels expect them on, as every virtual PIIX3 has them: OVMF
+            // would wait half a minute for each drive that it cannot see.
+            var ide = new Piix3Ide(_ide, isa[14], isa[15], isEnabledAtReset: true);
             _bus.Attach(ide, 1, 1);
             _parts.Devices.Add(ide);
         }
