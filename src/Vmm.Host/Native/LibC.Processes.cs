@@ -33,14 +33,15 @@ internal static unsafe partial class LibC
     [LibraryImport("libc", SetLastError = true)]
     internal static partial int execve(byte* path, byte** arguments, byte** environment);
 
-    // FreeBSD.
-    [LibraryImport("libc", SetLastError = true)]
+    // These three by the file names of their systems: the linker binds "libc", and the C library of Linux lacks them.
+    // FreeBSD: procctl(2).
+    [LibraryImport("libc.so.7", SetLastError = true)]
     internal static partial int procctl(int idType, long id, int command, int* data);
 
     // illumos: priv_str_to_set(3C), setppriv(2).
-    [LibraryImport("libc", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
+    [LibraryImport("libc.so.1", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
     internal static partial nint priv_str_to_set(string text, string separator, nint end);
 
-    [LibraryImport("libc", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
+    [LibraryImport("libc.so.1", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
     internal static partial int setppriv(int operation, string which, nint set);
 }
