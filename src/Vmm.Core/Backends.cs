@@ -6,7 +6,8 @@ namespace Vmm.Core;
 // Theory. The fourth waist: what devices talk to on the host. A device model never sees a file, socket or terminal;
 // it is given one of these. Calls into a back end do not block on the outside world; completions and input arrive on a
 // thread of the back end's choosing, one at a time per back end, and never while the caller's Submit/Write/Send is on
-// the stack (block requests may allow both, see BlockRequest.MayCompleteInline). A device takes its own lock inside the callback and holds none while it calls out.
+// the stack (a block request may allow both: BlockRequest.MayCompleteInline). A device takes its own lock inside the
+// callback and holds none while it calls out.
 
 /// <summary>Kinds of block requests.</summary>
 public enum BlockOperation
