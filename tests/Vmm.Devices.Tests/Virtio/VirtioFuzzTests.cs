@@ -120,7 +120,7 @@ public sealed class VirtioFuzzTests
         }
     }
 
-    private static IVirtioModel Make(string name) => name switch
+    internal static IVirtioModel Make(string name) => name switch
     {
         "block" => new VirtioBlock(new FakeBlockBackend(1 << 18)),
         "rng" => new VirtioRng(new Entropy()),
