@@ -79,7 +79,13 @@ build_l1() {
 	mkdir -p "$work/l1/vm"
 	cp "$kernel" "$work/l1/vm/vmlinuz"
 	cp "$work/l2.gz" "$work/l1/vm/initrd.gz"
-	[ ! -x out/bin/vmctl ] || add_program "$work/l1" out/bin/vmctl bin/vmctl
+	if [ -x out/bin/vmctl ]; then
+		add_program "$work/l1" out/bin/vmctl bin/vmctl
+		# .NET finds OpenSSL at run time; the checksum of a snapshot comes from there.
+		for library in /usr/lib/*/libssl.so.3 /usr/lib/*/libcrypto.so.3; do
+			[ ! -f "$library" ] || add_program "$work/l1" "$library" "${library#/}"
+		done
+	fi
 	[ -z "${with_driver_tests:-}" ] || add_driver_tests "$work/l1"
 	if [ -n "${with_virtio:-}" ]; then
 		PREPARE=1 WORK=$PWD/$work/l1/virtio tests/guests/virtio kvm >"$work/virtio.log" 2>&1 || cat "$work/virtio.log"
