@@ -430,13 +430,14 @@ npt_map(struct vmk_vm *vm, struct vmk_slot *s, uint64_t gfn)
 		return (error);
 	bits = f->leaf | (slot_writable(s) ? f->write : 0);
 	c = &s->chunk[(gfn >> CHUNK_SHIFT) - s->first_chunk];
-	if ((s->flags & ABI_MEM_LOG_DIRTY_PAGES) == 0 && chunk_is_large(c)) {
+	if (f->large != 0 && (s->flags & ABI_MEM_LOG_DIRTY_PAGES) == 0 &&
+	    chunk_is_large(c)) {
 		pte = pte_make(&vm->mem, gfn, 2);
 		if (pte == NULL)
 			return (VMK_ENOMEM);
 		/* A table may be left from when the slot logged. */
 		if (!pte_present(*pte)) {
-			pte_set(pte, c->pa[0] | bits | f->large | f->no_exec);
+			pte_set(pte, c->pa[0] | bits | f->large);
 			return (0);
 		}
 		if ((*pte & f->large) != 0)

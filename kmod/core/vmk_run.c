@@ -553,6 +553,8 @@ run_section(struct vmk_vcpu *vcpu, struct vmk_exit *x)
 	struct vmk_entry e;
 	uint64_t cr8 = 0, now;
 
+	if (vmk_arch->prepare != NULL)
+		vmk_arch->prepare(vcpu);
 	vmk_cpu_enter();
 	vmk_arch->load(vcpu);
 	do {

@@ -6,5 +6,6 @@
 
 const struct vmk_arch_ops *const vmk_arch_all[] = {
 	&vmk_svm_ops,
+	&vmk_vmx_ops,
 	NULL
 };

@@ -77,10 +77,8 @@ struct vmk_pte_format {
 	uint64_t	table;		/* bits of a non-leaf entry */
 	uint64_t	leaf;		/* bits of a readable leaf */
 	uint64_t	write;
-	uint64_t	large;
+	uint64_t	large;		/* 0: no large leaves (CVE-2018-12207) */
 	uint64_t	dirty;
-	uint64_t	no_exec;	/* set in large leaves if they may not
-					   execute (CVE-2018-12207) */
 };
 
 struct vmk_arch_ops {
@@ -101,6 +99,11 @@ struct vmk_arch_ops {
 	/* Interrupt shadow, ABI_SHADOW_*. */
 	unsigned int (*get_shadow)(struct vmk_vcpu *);
 	void	(*set_shadow)(struct vmk_vcpu *, unsigned int);
+	/*
+	 * Outside a section, before it: read what load() may not sleep for.
+	 * NULL if there is nothing.
+	 */
+	void	(*prepare)(struct vmk_vcpu *);
 	/* Load and save FPU and debug registers; bracket a CPU section. */
 	void	(*load)(struct vmk_vcpu *);
 	void	(*unload)(struct vmk_vcpu *);
@@ -118,7 +121,7 @@ struct vmk_arch_ops {
 extern const struct vmk_arch_ops *vmk_arch;
 /* The ones that this build has, in the order to try, NULL at the end. */
 extern const struct vmk_arch_ops *const vmk_arch_all[];
-extern struct vmk_arch_ops vmk_svm_ops;
+extern struct vmk_arch_ops vmk_svm_ops, vmk_vmx_ops;
 
 /*
  * vmk_run.c.  Marks the vCPU as in the guest and says whether it may enter;
