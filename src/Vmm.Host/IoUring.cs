@@ -17,6 +17,10 @@ namespace Vmm.Host;
 // Locks: submissions are serialised by a gate; completions are taken by one thread. The rings' indices are shared with
 // the kernel: tails that we write are published with release, those that we read acquired (io_uring(7)).
 //
+// A ring could do much more than that, past any filter of system calls (SystemCallFilter.cs allows io_uring_enter only). So
+// it is made disabled, restricted to the operations below (io_uring_register(2), IORING_REGISTER_RESTRICTIONS, Linux 5.10),
+// and enabled then; a kernel that cannot do that gets no ring.
+//
 // Not every Linux lets a process use it (sysctl kernel.io_uring_disabled, seccomp in containers): TryOpen says so, and
 // disks then have threads. FreeBSD and illumos always have threads: their asynchronous file I/O (aio(4), libaio) is made
 // of threads too, in the kernel or in libc, and has no vectored form on illumos.
@@ -47,6 +51,11 @@ public sealed unsafe partial class IoUring : IDisposable
 {
     private const int SetupCall = 425;
     private const int EnterCall = 426;
+    private const int RegisterCall = 427;
+    private const uint SetupDisabled = 1 << 6;
+    private const int RegisterRestrictions = 11;
+    private const int RegisterEnable = 12;
+    private const ushort RestrictOperation = 1;
     private const uint EnterGetEvents = 1;
     private const uint FsyncDataSync = 1;
     private const int EntryBytes = 64;
@@ -107,7 +116,7 @@ public sealed unsafe partial class IoUring : IDisposable
         }
 
         // SAFETY: the kernel reads and writes one io_uring_params, which is on this stack.
-        var parameters = default(Parameters);
+        var parameters = new Parameters { Flags = SetupDisabled };
         int fd = (int)syscall(SetupCall, (nint)(uint)entries, (nint)(&parameters), 0, 0, 0, 0);
         if (fd < 0)
         {
@@ -115,8 +124,23 @@ public sealed unsafe partial class IoUring : IDisposable
         }
 
         var ring = new SafeFileHandle(fd, ownsHandle: true);
+        ReadOnlySpan<Restriction> allowed =
+        [
+            new(RingOperation.Nothing), new(RingOperation.Read), new(RingOperation.Write), new(RingOperation.Sync),
+        ];
         try
         {
+            // SAFETY: the kernel reads as many restrictions as the span has, during the call only.
+            fixed (Restriction* first = allowed)
+            {
+                if (syscall(RegisterCall, fd, RegisterRestrictions, (nint)first, allowed.Length, 0, 0) != 0
+                    || syscall(RegisterCall, fd, RegisterEnable, 0, 0, 0, 0) != 0)
+                {
+                    ring.Dispose();
+                    return null;
+                }
+            }
+
             return new IoUring(ring, parameters);
         }
         catch (HostException)
@@ -181,15 +205,13 @@ public sealed unsafe partial class IoUring : IDisposable
 
     /// <summary>Takes completions; waits for the first.</summary>
     /// <param name="into">Filled from 0.</param>
-    /// <returns>How many; 0 when the wait was interrupted.</returns>
+    /// <returns>How many; 0 when the wait was interrupted, -1 when the kernel no longer lets this process wait.</returns>
     public int Wait(Span<RingCompletion> into)
     {
         // SAFETY: both indices and the entries lie in the completion ring's mapping, which lives until Dispose.
         uint head = *_completionHead;
-        if (Volatile.Read(ref *_completionTail) == head)
-        {
-            Enter(0, 1, EnterGetEvents);
-        }
+        bool refused = Volatile.Read(ref *_completionTail) == head
+            && Enter(0, 1, EnterGetEvents) < 0 && Marshal.GetLastPInvokeError() != Eintr;
 
         uint tail = Volatile.Read(ref *_completionTail);
         int count = 0;
@@ -201,7 +223,7 @@ public sealed unsafe partial class IoUring : IDisposable
         }
 
         Volatile.Write(ref *_completionHead, head);
-        return count;
+        return count == 0 && refused ? -1 : count;
     }
 
     /// <summary>Closes the ring. Nothing may be under way.</summary>
@@ -262,6 +284,9 @@ public sealed unsafe partial class IoUring : IDisposable
         [FieldOffset(4)]
         public uint CompletionEntries;
 
+        [FieldOffset(8)]
+        public uint Flags;
+
         [FieldOffset(44)]
         public uint SubmissionTail;
 
@@ -282,6 +307,23 @@ public sealed unsafe partial class IoUring : IDisposable
 
         [FieldOffset(100)]
         public uint CompletionQueue;
+    }
+
+    // struct io_uring_restriction, 16 bytes.
+    [StructLayout(LayoutKind.Explicit, Size = 16)]
+    private struct Restriction
+    {
+        [FieldOffset(0)]
+        public ushort Kind;
+
+        [FieldOffset(2)]
+        public byte Operation;
+
+        public Restriction(RingOperation operation)
+        {
+            Kind = RestrictOperation;
+            Operation = (byte)operation;
+        }
     }
 
     // struct io_uring_sqe, 64 bytes; what is not named stays 0.

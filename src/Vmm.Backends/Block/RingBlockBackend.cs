@@ -24,6 +24,7 @@ namespace Vmm.Backends.Block;
 public sealed class RingBlockBackend : IBlockBackend
 {
     private const int Slots = 256;
+    private const int PollMs = 5;
     private const ulong StopTag = ulong.MaxValue;
 
     private readonly object _gate = new();
@@ -34,6 +35,7 @@ public sealed class RingBlockBackend : IBlockBackend
     private readonly BlockFile _file;
     private readonly BlockCacheMode _cache;
     private readonly Thread _completer;
+    private readonly ManualResetEventSlim _stop = new();
     private bool _stopping;
     private long _inlineReads;
     private long _ringRequests;
@@ -157,12 +159,10 @@ public sealed class RingBlockBackend : IBlockBackend
         }
 
         Drain();
-        while (!_ring.TrySubmit(RingOperation.Nothing, _file.Handle, 0, default, 0, StopTag))
-        {
-            Thread.Yield();
-        }
-
+        _ = _ring.TrySubmit(RingOperation.Nothing, _file.Handle, 0, default, 0, StopTag);
+        _stop.Set();
         _completer.Join();
+        _stop.Dispose();
         _ring.Dispose();
         _threads.Dispose();
     }
@@ -216,6 +216,11 @@ public sealed class RingBlockBackend : IBlockBackend
         for (; ; )
         {
             int count = _ring.Wait(completions);
+            if (count < 0 && _stop.Wait(PollMs))
+            {
+                return; // a filter of system calls came down on us: what is under way still completes, and is polled for
+            }
+
             for (int i = 0; i < count; i++)
             {
                 if (completions[i].Tag == StopTag)

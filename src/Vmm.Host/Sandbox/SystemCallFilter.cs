@@ -15,7 +15,8 @@ namespace Vmm.Host.Sandbox;
 // software CPU and KVM, through start, console, VNC, snapshot, pause and end) decides what is on the list:
 //
 //   vCPU            ioctl (KVM), arch_prctl (GS for translated code), futex, rt_sigtimedwait, tgkill, sched_yield, mmap, mprotect, madvise
-//   workers, disks  pread64, pwrite64, preadv, pwritev, fdatasync, fsync, fallocate, ftruncate, futex
+//   workers, disks  pread64, pwrite64, preadv, preadv2, pwritev, fdatasync, fsync, fallocate, ftruncate, futex, and
+//                   io_uring_enter on rings that were restricted to such calls before (IoUring.cs); no new rings
 //   networks, VNC,  socket, bind, connect, listen, accept4, sendto, sendmsg, recvfrom, recvmsg, poll, ppoll, eventfd2, ioctl
 //   consoles
 //   control, pool   the same, epoll_*, openat, newfstatat, rename, unlink, flock, fcntl, readlink (exit.json, lease, snapshot)
@@ -55,6 +56,7 @@ public static class SystemCallFilter
     [
         ("read", 0), ("write", 1), ("close", 3), ("stat", 4), ("fstat", 5), ("lstat", 6), ("poll", 7), ("lseek", 8), ("mmap", 9),
         ("mprotect", 10), ("munmap", 11), ("brk", 12), ("rt_sigaction", 13), ("rt_sigprocmask", 14), ("rt_sigreturn", 15),
+        ("preadv2", 327), ("io_uring_enter", 426),
         ("pread64", 17), ("pwrite64", 18), ("readv", 19), ("writev", 20), ("access", 21), ("sched_yield", 24), ("mremap", 25),
         ("msync", 26), ("mincore", 27), ("madvise", 28), ("dup", 32), ("nanosleep", 35), ("getpid", 39), ("connect", 42),
         ("accept", 43), ("sendto", 44), ("recvfrom", 45), ("sendmsg", 46), ("recvmsg", 47), ("shutdown", 48), ("bind", 49),
