@@ -255,16 +255,22 @@ probe(void)
 	if (o[0] < 7)
 		return (VMK_ENODEV);
 	cpuid(1, 0, o);
-	if ((o[2] & 0x20) == 0 || vmk_xcr0_supported() == 0)
+	if ((o[2] & 0x20) == 0)
 		return (VMK_ENODEV);
 	fc = rdmsr(MSR_FEATURE_CONTROL);
-	if ((fc & FEATURE_CONTROL_LOCK) != 0 &&
-	    (fc & FEATURE_CONTROL_VMXON) == 0)
-		return (VMK_ENODEV);
 	basic = rdmsr(MSR_VMX_BASIC);
+	if (vmk_xcr0_supported() == 0 || (basic & VMX_BASIC_TRUE) == 0 ||
+	    ((fc & FEATURE_CONTROL_LOCK) != 0 &&
+	    (fc & FEATURE_CONTROL_VMXON) == 0)) {
+		vmk_log("kvm: no VMX: feature control %#llx, basic %#llx, "
+		    "XCR0 %#llx\n", (unsigned long long)fc,
+		    (unsigned long long)basic,
+		    (unsigned long long)vmk_xcr0_supported());
+		return (VMK_ENODEV);
+	}
 	vmx_revision = (uint32_t)basic & 0x7fffffffU;
 	vmk_vmx_ops.pte.large = 0x80;
-	if ((basic & VMX_BASIC_TRUE) == 0 || !probe_controls())
+	if (!probe_controls())
 		return (VMK_ENODEV);
 	vmx_cr0_fixed0 = rdmsr(MSR_VMX_CR0_FIXED0) & ~(CR0_PE | CR0_PG);
 	vmx_cr4_fixed0 = rdmsr(MSR_VMX_CR4_FIXED0);

@@ -46,6 +46,7 @@ b=/bin/busybox
 $b mkdir -p /proc /sys /dev
 $b mount -t proc p /proc
 $b mount -t devtmpfs d /dev
+$b dmesg | $b grep -iE 'fpu|xsave|vmx' | $b sed 's/^/# /'
 $b insmod /vmk_kvm.ko || { $b dmesg | $b tail -n 5 | $b sed 's/^/# /'
 	echo "not ok 0 - host: the module loads"; echo "vmx: end"
 	$b sleep 2; $b poweroff -f; }
