@@ -412,6 +412,14 @@ internal unsafe struct CpuContext
     [FieldOffset(0x3D8)]
     public nint Helper;
 
+    /// <summary>Generated code: the guest's x87 state is in the host's unit.</summary>
+    [FieldOffset(0x3EC)]
+    public int X87Loaded;
+
+    /// <summary>What <see cref="X87Loaded"/> may become: 0 where an instruction would raise an exception.</summary>
+    [FieldOffset(0x3F0)]
+    public int X87Ready;
+
     /// <summary>Current privilege level, 0 to 3.</summary>
     [FieldOffset(0x3E8)]
     public int Cpl;

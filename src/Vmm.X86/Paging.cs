@@ -26,6 +26,9 @@ internal struct Translation
 
     /// <summary>A write in this mode is permitted and the dirty bit is set.</summary>
     public bool MayWrite;
+
+    /// <summary>The same in every address space (G set, CR4.PGE set).</summary>
+    public bool IsGlobal;
 }
 
 /// <summary>Translation and the slow paths of memory accesses.</summary>
@@ -140,6 +143,7 @@ internal static unsafe class Paging
     {
         Asids.Reset(cpu);
         cpu->LargePages = 0;
+        cpu->Blocks.ForgetBranches();
     }
 
     /// <summary>INVLPG: drops the page's translations in every address space.</summary>
@@ -800,6 +804,7 @@ internal static unsafe class Paging
         }
 
         translation.MayRead = mayRead;
+        translation.IsGlobal = (entry & 0x100) != 0 && (cpu->Cr4 & Cr4.Pge) != 0;
         translation.MayWrite = mayWrite && ((entry | bits) & Dirty) != 0;
         return 0;
     }

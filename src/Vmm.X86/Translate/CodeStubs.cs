@@ -13,6 +13,7 @@ namespace Vmm.X86;
 //     ExitHostFlags    T0 = exit record: saves the host's flags, then like
 //     ExitFlagImage    T0 = exit record: leaves to the dispatcher
 //     Interpret        T0 = a record, T1 = its block: leaves, and the interpreter goes on there
+//     LoadX87          called: the same for the x87 state
 //     LoadVectors      called: loads the guest's vector registers and MXCSR; CF set when it must not (T0 is lost)
 //
 // Helpers run in the managed world with everything in the context: they may read and change all of it.
@@ -48,20 +49,31 @@ internal sealed unsafe class CodeStubs
         e.Land(refuse);
         e.Return();
 
+        byte* saveX87 = Align(ref e);
+        EmitSaveX87(ref e);
+        byte* loadX87 = Align(ref e);
+        EmitLoadX87(ref e);
+        LoadX87 = Align(ref e);
+        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.X87Ready), 1);
+        refuse = e.JumpIf(HostCondition.Below);
+        e.Jump(loadX87);
+        e.Land(refuse);
+        e.Return();
+
         byte* enter = Align(ref e);
         EmitEnter(ref e);
         ExitHostFlags = Align(ref e);
         SaveFlags(ref e, Host.T1);
         ExitFlagImage = e.At;
         e.Store(HostMemory.Context(Offsets.ExitInfo), Host.T0);
-        EmitLeave(ref e, saveVectors, ExitCode.Exit);
+        EmitLeave(ref e, saveVectors, saveX87, ExitCode.Exit);
         Interpret = Align(ref e);
         e.Shift(4, Host.T1, 32);
         e.Alu(AluOp.Or, Host.T0, Host.T1);
         e.Store(HostMemory.Context(Offsets.ExitInfo), Host.T0);
-        EmitLeave(ref e, saveVectors, ExitCode.Interpret);
+        EmitLeave(ref e, saveVectors, saveX87, ExitCode.Interpret);
         Handler = Align(ref e);
-        EmitHandler(ref e, saveVectors, loadVectors);
+        EmitHandler(ref e, saveVectors, loadVectors, saveX87, loadX87);
         Enter = (delegate* unmanaged<CpuContext*, byte*, ulong>)(enter + executeDelta);
         SetGs = (delegate* unmanaged<CpuContext*, long>)(setGs + executeDelta);
     }
@@ -81,6 +93,8 @@ internal sealed unsafe class CodeStubs
     public byte* Interpret { get; }
 
     public byte* LoadVectors { get; }
+
+    public byte* LoadX87 { get; }
 
     /// <summary>FlagImage = the host's flags. Leaves the host's flags undefined.</summary>
     public static void SaveFlags(ref Emitter e, int scratch)
@@ -183,6 +197,63 @@ internal sealed unsafe class CodeStubs
         e.Return();
     }
 
+    // XSAVE with only the x87 component (EAX:EDX are saved: general registers are the guest's). Instruction and operand
+    // pointers would be the host's: the guest keeps those that the interpreter recorded last. FNINIT leaves the unit as
+    // .NET expects it.
+    private static void EmitSaveX87(ref Emitter e)
+    {
+        PushPair(ref e);
+        e.Push(Host.Rcx);
+        e.Push(Host.Rsi);
+        e.Push(Host.Rdi);
+        e.Load32(Host.Rcx, HostMemory.Context(Offsets.Fop));
+        e.Load(Host.Rsi, HostMemory.Context(Offsets.Fip));
+        e.Load(Host.Rdi, HostMemory.Context(Offsets.Fdp));
+        XsaveX87(ref e, 4);
+        e.StoreWord(HostMemory.Context(Offsets.Fop), Host.Rcx);
+        e.Store(HostMemory.Context(Offsets.Fip), Host.Rsi);
+        e.Store(HostMemory.Context(Offsets.Fdp), Host.Rdi);
+        e.Byte(0xDB);
+        e.Byte(0xE3);
+        e.Pop(Host.Rdi);
+        e.Pop(Host.Rsi);
+        e.Pop(Host.Rcx);
+        PopPair(ref e);
+        e.Return();
+    }
+
+    private static void EmitLoadX87(ref Emitter e)
+    {
+        PushPair(ref e);
+        XsaveX87(ref e, 5);
+        PopPair(ref e);
+        e.StoreImmediate32(HostMemory.Context(Offsets.X87Loaded), 1);
+
+        // CF clear: it is loaded.
+        e.Alu32(AluOp.Xor, Host.T0, Host.T0);
+        e.Return();
+    }
+
+    private static void PushPair(ref Emitter e)
+    {
+        e.Push(Host.Rax);
+        e.Push(Host.Rdx);
+    }
+
+    private static void PopPair(ref Emitter e)
+    {
+        e.Pop(Host.Rdx);
+        e.Pop(Host.Rax);
+    }
+
+    // XSAVE64 (4) or XRSTOR64 (5) gs:[area] with mask 1; the header says that the component is there (Prepare).
+    private static void XsaveX87(ref Emitter e, int kind)
+    {
+        e.MoveImmediate(Host.Rax, 1);
+        e.MoveImmediate(Host.Rdx, 0);
+        e.Xsave(kind, HostMemory.Context(CpuContext.XsaveOffset));
+    }
+
     private static void EmitEnter(ref Emitter e)
     {
         e.Push(Host.Rbx);
@@ -200,6 +271,7 @@ internal sealed unsafe class CodeStubs
     private static void EmitReturn(ref Emitter e, int code)
     {
         e.StoreImmediate32(HostMemory.Context(Offsets.VectorsLoaded), 0);
+        e.StoreImmediate32(HostMemory.Context(Offsets.X87Loaded), 0);
         e.MoveImmediate(Host.Rax, (uint)code);
         e.AluImmediate(AluOp.Add, Host.Rsp, 8);
         e.Pop(Host.R15);
@@ -211,17 +283,22 @@ internal sealed unsafe class CodeStubs
         e.Return();
     }
 
-    private static void EmitLeave(ref Emitter e, byte* saveVectors, int code)
+    private static void EmitLeave(ref Emitter e, byte* saveVectors, byte* saveX87, int code)
     {
         EmitRegisters(ref e, store: true);
         e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.VectorsLoaded), 0);
         byte* none = e.JumpIf(HostCondition.Equal);
         e.Call(saveVectors);
         e.Land(none);
+        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.X87Loaded), 0);
+        none = e.JumpIf(HostCondition.Equal);
+        e.Call(saveX87);
+        e.Land(none);
         EmitReturn(ref e, code);
     }
 
-    private static void EmitHandler(ref Emitter e, byte* saveVectors, byte* loadVectors)
+    private static void EmitHandler(
+        ref Emitter e, byte* saveVectors, byte* loadVectors, byte* saveX87, byte* loadX87)
     {
         // The caller's CALL has misaligned the stack by 8.
         e.AluImmediate(AluOp.Sub, Host.Rsp, 8);
@@ -229,6 +306,10 @@ internal sealed unsafe class CodeStubs
         e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.VectorsLoaded), 0);
         byte* none = e.JumpIf(HostCondition.Equal);
         e.Call(saveVectors);
+        e.Land(none);
+        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.X87Loaded), 0);
+        none = e.JumpIf(HostCondition.Equal);
+        e.Call(saveX87);
         e.Land(none);
         e.Load(Host.Rdi, HostMemory.Context(Offsets.Self));
         e.Move(Host.Rsi, Host.T0);
@@ -239,6 +320,10 @@ internal sealed unsafe class CodeStubs
         e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.VectorsLoaded), 0);
         none = e.JumpIf(HostCondition.Equal);
         e.Call(loadVectors);
+        e.Land(none);
+        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.X87Loaded), 0);
+        none = e.JumpIf(HostCondition.Equal);
+        e.Call(loadX87);
         e.Land(none);
         e.Load32(Host.Rax, HostMemory.Context(Offsets.FlagImage));
         e.AddAl(0x7F);
@@ -264,10 +349,15 @@ internal static class Offsets
     public const int VectorsLoaded = 0x3C0;
     public const int VectorsReady = 0x3C4;
     public const int ExitInfo = 0x3C8;
+    public const int X87Loaded = 0x3EC;
+    public const int X87Ready = 0x3F0;
     public const int Self = 0x3D0;
     public const int Helper = 0x3D8;
     public const int Mxcsr = CpuContext.XsaveOffset + XsaveLayout.Mxcsr;
     public const int Xmm = CpuContext.XsaveOffset + XsaveLayout.Xmm;
     public const int YmmHigh = CpuContext.XsaveOffset + XsaveLayout.YmmHigh;
+    public const int Fop = CpuContext.XsaveOffset + XsaveLayout.Fop;
+    public const int Fip = CpuContext.XsaveOffset + XsaveLayout.Fip;
+    public const int Fdp = CpuContext.XsaveOffset + XsaveLayout.Fdp;
     public const int HostMxcsr = VectorScratch.Offset + 0x8C;
 }

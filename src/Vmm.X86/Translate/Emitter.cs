@@ -377,6 +377,9 @@ internal unsafe struct Emitter
     /// <summary>LDMXCSR (2) or STMXCSR (3).</summary>
     public void Mxcsr(int kind, in HostMemory memory) => MemoryForm(false, 0x0FAE, kind, memory);
 
+    /// <summary>XSAVE64 (4) or XRSTOR64 (5).</summary>
+    public void Xsave(int kind, in HostMemory memory) => MemoryForm(true, 0x0FAE, kind, memory);
+
     /// <summary>Copies bytes.</summary>
     public void Bytes(byte* from, int length)
     {

@@ -180,9 +180,17 @@ public sealed unsafe partial class SoftVcpu
         next->Physical == (exit->Source->Physical & ~Mem.PageOffset) + (ulong)exit->Offset &&
         next->Key == exit->Source->Key && exit->Offset is >= 0 and <= 4095;
 
+    // The kernel's branches are the same in every address space where its pages are global: they have one tag. Branches
+    // to pages that are not are not kept then.
     private static void InsertBranch(CpuContext* cpu, Block* next)
     {
         ulong linear = cpu->Rip;
+        if (IsShared(cpu) && (!Paging.Translate(cpu, linear, Access.Execute, MmuMode.Supervisor, out Translation page) ||
+            !page.IsGlobal))
+        {
+            return;
+        }
+
         ulong index = ((linear >> 12) ^ linear) & (BlockCache.Branches - 1);
         cpu->Blocks.BranchTags[index] = linear ^ ((ulong)Tag(cpu) << 48);
         ((byte**)((byte*)cpu + CpuContext.BranchTargetsOffset))[index] = next->EntryFlagImage;
@@ -191,9 +199,12 @@ public sealed unsafe partial class SoftVcpu
         pages[bit >> 6] |= 1UL << (bit & 63);
     }
 
+    private static bool IsShared(CpuContext* cpu) =>
+        (cpu->ModeKey & BlockKey.User) == 0 && (cpu->Cr4 & Cr4.Pge) != 0;
+
     private static ushort Tag(CpuContext* cpu)
     {
-        uint tag = (uint)cpu->TlbAsid;
+        uint tag = IsShared(cpu) ? 0x4000 : (uint)cpu->TlbAsid;
         tag |= (cpu->ModeKey & BlockKey.User) != 0 ? 0x1000U : 0;
         tag |= (cpu->ModeKey & BlockKey.Ac) != 0 ? 0x2000U : 0;
         return (ushort)tag;
@@ -206,6 +217,12 @@ public sealed unsafe partial class SoftVcpu
         const uint AllMasks = 0x1F80;
         bool ready = (cpu->Mxcsr & AllMasks) == AllMasks && VectorUnit.SseReady(cpu);
         cpu->VectorsReady = !ready ? 0 : VectorUnit.AvxReady(cpu) ? 2 : 1;
+
+        // All exceptions masked and none pending: nothing in the guest's x87 code can trap.
+        bool x87 = (cpu->Cr0 & (Cr0.Em | Cr0.Ts)) == 0 && (cpu->Fcw & 0x3F) == 0x3F && (cpu->Fsw & 0x80) == 0;
+        cpu->X87Ready = x87 ? 1 : 0;
+        cpu->XstateBv |= 7;
+        *(&cpu->XstateBv + 1) = 0;
     }
 
     private static void SetFlags(CpuContext* cpu)
@@ -254,7 +271,8 @@ public sealed unsafe partial class SoftVcpu
             {
                 int loaded = cpu->VectorsLoaded;
                 Prepare(cpu);
-                if (Volatile.Read(ref cpu->Request) == 0 && cpu->ModeKey == block->Key && loaded <= cpu->VectorsReady)
+                if (Volatile.Read(ref cpu->Request) == 0 && cpu->ModeKey == block->Key &&
+                    loaded <= cpu->VectorsReady && cpu->X87Loaded <= cpu->X87Ready)
                 {
                     ulong flags = Flags.GetArithmetic(cpu);
                     cpu->FlagImage = ((flags & 0xD5) << 8) | (flags >> 11);

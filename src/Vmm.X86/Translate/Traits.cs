@@ -20,6 +20,9 @@ internal enum InsnKind : byte
     /// <summary>The same, needs the guest's vector registers.</summary>
     Vector,
 
+    /// <summary>The same, needs the guest's x87 state.</summary>
+    X87,
+
     /// <summary>Nothing to do.</summary>
     Nop,
     Lea,
@@ -273,7 +276,41 @@ internal sealed unsafe class TraitsTable
                 : InsnKind.Handler;
         }
 
-        return VectorKind(instruction, ref traits);
+        return SimdTraits.IsX87(instruction) ? X87Kind(instruction) : VectorKind(instruction, ref traits);
+    }
+
+    // Computation, loads and stores; what loads, stores or resets the environment is the interpreter's.
+    private static InsnKind X87Kind(in Instruction instruction)
+    {
+        for (int i = 0; i < instruction.OpCount; i++)
+        {
+            bool isStack = instruction.GetOpKind(i) == OpKind.Register &&
+                instruction.GetOpRegister(i) is >= Register.ST0 and <= Register.ST7;
+            if (!isStack && instruction.GetOpKind(i) != OpKind.Memory)
+            {
+                return InsnKind.Handler;
+            }
+        }
+
+        switch (instruction.Mnemonic)
+        {
+            case Mnemonic.Fld or Mnemonic.Fild or Mnemonic.Fst or Mnemonic.Fstp or Mnemonic.Fist or Mnemonic.Fistp
+                or Mnemonic.Fisttp or Mnemonic.Fld1 or Mnemonic.Fldz or Mnemonic.Fldpi or Mnemonic.Fldl2e
+                or Mnemonic.Fldl2t or Mnemonic.Fldlg2 or Mnemonic.Fldln2 or Mnemonic.Fxch or Mnemonic.Fchs
+                or Mnemonic.Fabs or Mnemonic.Fadd or Mnemonic.Faddp or Mnemonic.Fiadd or Mnemonic.Fsub
+                or Mnemonic.Fsubp or Mnemonic.Fisub or Mnemonic.Fsubr or Mnemonic.Fsubrp or Mnemonic.Fisubr
+                or Mnemonic.Fmul or Mnemonic.Fmulp or Mnemonic.Fimul or Mnemonic.Fdiv or Mnemonic.Fdivp
+                or Mnemonic.Fidiv or Mnemonic.Fdivr or Mnemonic.Fdivrp or Mnemonic.Fidivr or Mnemonic.Fsqrt
+                or Mnemonic.Frndint or Mnemonic.Fscale or Mnemonic.Fprem or Mnemonic.Fprem1 or Mnemonic.Fxtract
+                or Mnemonic.Fcom or Mnemonic.Fcomp or Mnemonic.Fcompp or Mnemonic.Ficom or Mnemonic.Ficomp
+                or Mnemonic.Fucom or Mnemonic.Fucomp or Mnemonic.Fucompp or Mnemonic.Fcomi or Mnemonic.Fcomip
+                or Mnemonic.Fucomi or Mnemonic.Fucomip or Mnemonic.Ftst or Mnemonic.Fxam or Mnemonic.Fsin
+                or Mnemonic.Fcos or Mnemonic.Fsincos or Mnemonic.Fptan or Mnemonic.Fpatan or Mnemonic.F2xm1
+                or Mnemonic.Fyl2x or Mnemonic.Fyl2xp1:
+                return InsnKind.X87;
+            default:
+                return InsnKind.Handler;
+        }
     }
 
     private static bool IsGeneral(in Instruction instruction)

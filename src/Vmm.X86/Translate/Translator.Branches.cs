@@ -279,7 +279,7 @@ internal sealed unsafe partial class Translator
         switch (cold.Kind)
         {
             case ColdKind.Vectors:
-                _e.Call(_cache.Stubs.LoadVectors);
+                _e.Call(cold.Level == 0 ? _cache.Stubs.LoadX87 : _cache.Stubs.LoadVectors);
                 _e.JumpIf(HostCondition.AboveOrEqual, (byte*)cold.Back);
                 _e.MoveImmediate(Host.T0, (uint)((byte*)_block->First - _cpu->Blocks.Arena));
                 _e.MoveImmediate(Host.T1, (uint)((byte*)_block - _cpu->Blocks.Arena));

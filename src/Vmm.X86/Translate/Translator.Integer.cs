@@ -14,6 +14,7 @@ internal sealed unsafe partial class Translator
         {
             case InsnKind.Pass:
             case InsnKind.Vector:
+            case InsnKind.X87:
                 if (!TryPass(instruction))
                 {
                     CallHandler();

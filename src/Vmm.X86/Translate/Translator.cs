@@ -283,6 +283,7 @@ internal sealed unsafe partial class Translator
     private void Entries()
     {
         bool vectors = false;
+        bool x87 = false;
         int level = 0;
         for (int i = 0; i < _count; i++)
         {
@@ -291,6 +292,8 @@ internal sealed unsafe partial class Translator
                 vectors = true;
                 level = Math.Max(level, _traits[i].VectorLevel);
             }
+
+            x87 |= _traits[i].Kind == InsnKind.X87;
         }
 
         byte* host = _e.At;
@@ -302,7 +305,7 @@ internal sealed unsafe partial class Translator
             _inHost = false;
             _inImage = false;
         }
-        else if (vectors || StartsInImage())
+        else if (vectors || x87 || StartsInImage())
         {
             CodeStubs.SaveFlags(ref _e, Host.T1);
             image = _e.At;
@@ -330,6 +333,18 @@ internal sealed unsafe partial class Translator
                 Jump = _e.JumpIf(HostCondition.Below),
                 Kind = ColdKind.Vectors,
                 Level = level,
+                Back = (nint)_e.At,
+            };
+        }
+
+        if (x87)
+        {
+            _e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.X87Loaded), 1);
+            _cold[_coldCount++] = new ColdExit
+            {
+                Jump = _e.JumpIf(HostCondition.Below),
+                Kind = ColdKind.Vectors,
+                Level = 0,
                 Back = (nint)_e.At,
             };
         }
@@ -369,7 +384,7 @@ internal sealed unsafe partial class Translator
     {
         switch (_traits[i].Kind)
         {
-            case InsnKind.Pass or InsnKind.Vector or InsnKind.Jmp or InsnKind.Jcc:
+            case InsnKind.Pass or InsnKind.Vector or InsnKind.X87 or InsnKind.Jmp or InsnKind.Jcc:
                 return HasMemory(_insns[i]);
             case InsnKind.Lea or InsnKind.Nop:
                 return false;
