@@ -41,7 +41,7 @@ internal enum Access
 /// <summary>A translation to host memory; 32 bytes.</summary>
 internal unsafe struct TlbEntry
 {
-    public const int Count = 1024;
+    public const int Count = 4096;
     public const int Tables = 4;
     public const int SizeBytes = 32;
 

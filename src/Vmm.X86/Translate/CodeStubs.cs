@@ -344,6 +344,8 @@ internal static class Offsets
     public const int Rip = 0x80;
     public const int RflagsSystem = 0xB0;
     public const int TlbAsid = 0xC8;
+    public const int InterruptHint = 0x2AC;
+    public const int Cpl = 0x3E8;
     public const int CodeBase = 0x3B0;
     public const int FlagImage = 0x3B8;
     public const int VectorsLoaded = 0x3C0;

@@ -218,6 +218,13 @@ internal unsafe struct Emitter
         Byte(value);
     }
 
+    /// <summary>op qword memory, imm32 sign-extended.</summary>
+    public void AluImmediate32(AluOp op, in HostMemory memory, int value)
+    {
+        MemoryForm(true, 0x81, (int)op, memory);
+        Dword(value);
+    }
+
     /// <summary>CMP byte memory, imm8.</summary>
     public void CompareByte(in HostMemory memory, int value)
     {

@@ -26,6 +26,10 @@ internal enum InsnKind : byte
     /// <summary>Nothing to do.</summary>
     Nop,
     Lea,
+    Pushf,
+    Cli,
+    Sti,
+    MoveFromSegment,
     Div,
     Idiv,
     Push,
@@ -102,6 +106,7 @@ internal sealed unsafe class TraitsTable
         if (traits.Kind != InsnKind.Handler)
         {
             traits.Reads = (byte)((byte)instruction.RflagsRead & AllFlags);
+            traits.Reads = traits.Kind == InsnKind.Pushf ? AllFlags : traits.Reads;
             traits.Writes = (byte)((byte)instruction.RflagsModified & AllFlags);
         }
 
@@ -190,6 +195,14 @@ internal sealed unsafe class TraitsTable
                 return InsnKind.PushImmediate;
             case Code.Pop_r64:
                 return InsnKind.Pop;
+            case Code.Pushfq:
+                return InsnKind.Pushf;
+            case Code.Cli:
+                return InsnKind.Cli;
+            case Code.Sti:
+                return InsnKind.Sti;
+            case Code.Mov_r32m16_Sreg or Code.Mov_r64m16_Sreg when instruction.Op0Kind == OpKind.Register:
+                return InsnKind.MoveFromSegment;
             case Code.Leaveq:
                 return InsnKind.Leave;
             case Code.Jmp_rel8_64:

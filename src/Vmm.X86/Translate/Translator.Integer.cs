@@ -26,6 +26,18 @@ internal sealed unsafe partial class Translator
             case InsnKind.Lea:
                 EmitLea(instruction);
                 break;
+            case InsnKind.Pushf:
+                EmitPushf();
+                break;
+            case InsnKind.Cli:
+                EmitCli();
+                break;
+            case InsnKind.Sti:
+                EmitSti();
+                break;
+            case InsnKind.MoveFromSegment:
+                EmitMoveFromSegment(instruction);
+                break;
             case InsnKind.Div:
             case InsnKind.Idiv:
                 EmitDivide(instruction, _traits[_at].Kind == InsnKind.Idiv);

@@ -29,7 +29,7 @@ namespace Vmm.X86;
 // Interrupts. Backward jumps poll Request at a point where flags are dead; a probe of the indirect-branch cache polls
 // for nothing (CpuContext.BranchTag). Straight code does not poll.
 //
-// Files: Translator (blocks, flags, liveness), .Memory (operands and checks), .Integer, .Branches.
+// Files: Translator (blocks, flags, liveness), .Memory (operands and checks), .Integer, .System, .Branches.
 
 /// <summary>Makes host code from decoded blocks. One for each vCPU; used by its thread only.</summary>
 internal sealed unsafe partial class Translator
@@ -55,6 +55,7 @@ internal sealed unsafe partial class Translator
     private Block* _block;
     private int _count;
     private int _at;
+    private int _poll;
     private int _slowCount;
     private int _coldCount;
     private bool _inHost;
@@ -259,6 +260,7 @@ internal sealed unsafe partial class Translator
     {
         Entries();
         int poll = PollPoint();
+        _poll = poll;
         for (int i = 0; i < _count; i++)
         {
             _at = i;
@@ -386,7 +388,7 @@ internal sealed unsafe partial class Translator
         {
             case InsnKind.Pass or InsnKind.Vector or InsnKind.X87 or InsnKind.Jmp or InsnKind.Jcc:
                 return HasMemory(_insns[i]);
-            case InsnKind.Lea or InsnKind.Nop:
+            case InsnKind.Lea or InsnKind.Nop or InsnKind.MoveFromSegment:
                 return false;
             default:
                 return true;

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using Iced.Intel;
+
+namespace Vmm.X86;
+
+// The few system instructions that kernels execute all the time: PUSHFQ, CLI, STI (local_irq_save and friends) and MOV
+// from a segment register. They are in line at level 0 and in the frequent case; otherwise the handler decides.
+internal sealed unsafe partial class Translator
+{
+    private void EmitPushf()
+    {
+        FreeFlagsForExit();
+
+        // FlagImage to RFLAGS: AH has SF ZF AF PF CF at their places, AL has OF.
+        _e.LoadWord(Host.T0, HostMemory.Context(Offsets.FlagImage));
+        _e.Move32(Host.T1, Host.T0);
+        _e.Shift(5, Host.T0, 8);
+        _e.AluImmediate(AluOp.And, Host.T0, 0xD5, wide: false);
+        _e.AluImmediate(AluOp.And, Host.T1, 1, wide: false);
+        _e.Shift(4, Host.T1, 11);
+        _e.Alu(AluOp.Or, Host.T0, Host.T1);
+        _e.Alu(AluOp.Or, Host.T0, HostMemory.Context(Offsets.RflagsSystem));
+        _e.AluImmediate(AluOp.And, Host.T0, unchecked((int)~(uint)(Rflags.Rf | Rflags.Vm)));
+        _e.Store(HostMemory.Context(Offsets.ExitInfo), Host.T0);
+        Probe(new HostMemory(Host.GuestRsp, -8), 8, write: true, 1);
+        _e.Load(Host.T0, HostMemory.Context(Offsets.ExitInfo));
+        StorePushed(Host.T0);
+    }
+
+    private void EmitCli()
+    {
+        FreeFlags();
+        _e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.Cpl), 0);
+        SlowJump(_e.JumpIf(HostCondition.NotEqual));
+        _e.AluImmediate32(AluOp.And, HostMemory.Context(Offsets.RflagsSystem), ~(int)Rflags.If);
+    }
+
+    // In line while the interrupt controllers have nothing to deliver: then nobody can see that STI holds interrupts back
+    // for one instruction, provided that no poll comes in between (STI; HLT must not lose a wake-up).
+    private void EmitSti()
+    {
+        if (_at + 1 >= _count || _at + 1 == _poll)
+        {
+            CallHandler();
+            return;
+        }
+
+        FreeFlags();
+        _e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.Cpl), 0);
+        SlowJump(_e.JumpIf(HostCondition.NotEqual));
+        _e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.InterruptHint), 0);
+        SlowJump(_e.JumpIf(HostCondition.NotEqual));
+        _e.AluImmediate32(AluOp.Or, HostMemory.Context(Offsets.RflagsSystem), (int)Rflags.If);
+    }
+
+    private void EmitMoveFromSegment(in Instruction instruction)
+    {
+        int segment = instruction.Op1Register - Register.ES;
+        int number = Number(instruction.Op0Register);
+        int host = IsSpilled(number) ? Host.T0 : HostOf(number);
+        _e.LoadWord(host, HostMemory.Context(CpuContext.SegmentsOffset + (segment * 32) + 24));
+        if (IsSpilled(number))
+        {
+            _e.Store(Slot(number), host);
+        }
+    }
+}
