@@ -106,6 +106,10 @@ internal sealed record BootTarget(
     ulong RsdpAddress,
     CpuState Cpu)
 {
+    private const uint MtrrDefaultType = 0x2FF;
+    private const ulong MtrrEnabled = 1 << 11;
+    private const ulong MtrrWriteBack = 6;
+
     /// <summary>Writes; the address must be RAM.</summary>
     public void Write(ulong address, ReadOnlySpan<byte> bytes)
     {
@@ -196,6 +200,10 @@ internal sealed record BootTarget(
         Cpu.Tr = new SegmentState { Limit = 0xFFFF, Rights = 0x8B };
         Cpu.Rflags = 2;
         Array.Clear(Cpu.Gpr);
+
+        // IA32_MTRR_DEF_TYPE: enabled, write-back (SDM 3A 12.11.2.1), as firmware leaves it for RAM. A guest that finds the
+        // MTRRs off also turns PAT off.
+        Cpu.Msrs[MtrrDefaultType] = MtrrEnabled | MtrrWriteBack;
     }
 
     /// <summary>Flat 32-bit protected mode without paging.</summary>
