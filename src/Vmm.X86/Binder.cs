@@ -27,7 +27,7 @@ internal static unsafe class Binder
         insn->AddressMask = Mask(insn->AddressSize);
         Operands(instruction, insn, key);
         insn->Handler = &Misc.Ud;
-        if (!vcpu.IsOffered(instruction.Code) || (vcpu.RefusesComponents && XsaveUnit.MovesComponents(instruction.Code)))
+        if ((!vcpu.IsOffered(instruction.Code) && !HasOlderMeaning(instruction.Mnemonic)) || (vcpu.RefusesComponents && XsaveUnit.MovesComponents(instruction.Code)))
         {
             return true;
         }
@@ -40,6 +40,11 @@ internal static unsafe class Binder
 
         return instruction.FlowControl != FlowControl.Next || EndsBlock(instruction.Mnemonic);
     }
+
+    // A processor without TZCNT, LZCNT or WBNOINVD ignores their prefix and executes BSF, BSR or WBINVD (SDM 2B TZCNT, 2A
+    // LZCNT, 2D WBNOINVD). Kernels rely on it: they scan with REP BSF wherever zero cannot occur.
+    private static bool HasOlderMeaning(Mnemonic mnemonic) =>
+        mnemonic is Mnemonic.Tzcnt or Mnemonic.Lzcnt or Mnemonic.Wbnoinvd;
 
     /// <summary>Byte offset of a general register, number of any other.</summary>
     public static ushort Offset(Register register)
@@ -566,10 +571,14 @@ internal static unsafe class Binder
                 insn->Handler = RegisterOrMemory<ScanR<ScanBsr>, ScanM<ScanBsr>>(insn, size);
                 return true;
             case Mnemonic.Tzcnt:
-                insn->Handler = RegisterOrMemory<ScanR<ScanTzcnt>, ScanM<ScanTzcnt>>(insn, size);
+                insn->Handler = vcpu.IsOffered(instruction.Code)
+                    ? RegisterOrMemory<ScanR<ScanTzcnt>, ScanM<ScanTzcnt>>(insn, size)
+                    : RegisterOrMemory<ScanR<ScanBsf>, ScanM<ScanBsf>>(insn, size);
                 return true;
             case Mnemonic.Lzcnt:
-                insn->Handler = RegisterOrMemory<ScanR<ScanLzcnt>, ScanM<ScanLzcnt>>(insn, size);
+                insn->Handler = vcpu.IsOffered(instruction.Code)
+                    ? RegisterOrMemory<ScanR<ScanLzcnt>, ScanM<ScanLzcnt>>(insn, size)
+                    : RegisterOrMemory<ScanR<ScanBsr>, ScanM<ScanBsr>>(insn, size);
                 return true;
             case Mnemonic.Popcnt:
                 insn->Handler = RegisterOrMemory<ScanR<ScanPopcnt>, ScanM<ScanPopcnt>>(insn, size);

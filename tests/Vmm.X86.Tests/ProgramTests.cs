@@ -76,6 +76,39 @@ public sealed class ProgramTests
         vm.Read64(stack + 8).Should().Be(TestVm.CodeAt + 5);
     }
 
+    // SDM 2B, TZCNT and 2A, LZCNT: without them, BSF and BSR with a prefix that means nothing.
+    [Theory]
+    [InlineData(true, 4UL, 56UL)]
+    [InlineData(false, 4UL, 7UL)]
+    public void Counts_WithoutTheirFeature_AreScans(bool isOffered, ulong trailing, ulong leading)
+    {
+        using var vm = new TestVm();
+        CpuidEntry[] leaves = [.. new SoftHypervisor(null).SupportedCpuid];
+        for (int i = 0; i < leaves.Length && !isOffered; i++)
+        {
+            leaves[i] = leaves[i].Function switch
+            {
+                7 => leaves[i] with { Ebx = leaves[i].Ebx & ~(1U << 3) },
+                0x80000001 => leaves[i] with { Ecx = leaves[i].Ecx & ~(1U << 5) },
+                _ => leaves[i],
+            };
+        }
+
+        vm.Cpu.SetCpuid(leaves);
+        vm.EnterLong();
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            a.mov(eax, 0x90);
+            a.tzcnt(rbx, rax);
+            a.lzcnt(rcx, rax);
+            a.hlt();
+        });
+        vm.Run().Should().Be(ExitKind.Halted);
+        vm.State.Rip.Should().Be(TestVm.CodeAt + 16);
+        vm.State.Gpr[3].Should().Be(trailing);
+        vm.State.Gpr[1].Should().Be(leading);
+    }
+
     [Fact]
     public void RealMode_SoftwareInterrupt_RunsHandlerAndReturns()
     {
