@@ -58,6 +58,7 @@ internal static class CommandLine
             TransferCommands.Receive(context),
             ImportCommand.Create(context),
             ServiceCommand.Create(context),
+            EndProcessCommand.Create(context),
             CompletionCommand.Create(context, () => Build(context)),
             VersionCommand.Create(context),
         };

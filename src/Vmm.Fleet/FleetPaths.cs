@@ -129,6 +129,10 @@ public sealed record VmPaths(string Run, string State)
     /// <summary>Ring of console output.</summary>
     public string ConsoleLog => Path.Combine(State, "console.log");
 
+    /// <summary>Ring of what a port of kind <c>log</c> wrote.</summary>
+    /// <param name="port">Such as com2 or console0.</param>
+    public string PortLog(string port) => Path.Combine(State, port + ".log");
+
     /// <summary>Messages of the VM's process.</summary>
     public string ProcessLog => Path.Combine(State, "vmctl.log");
 }

@@ -43,7 +43,7 @@ public static class Importer
             "vmadm" => [Vmadm(text)],
             "libvirt" => [Libvirt(text)],
             "qemu" => [Qemu(text, name)],
-            _ => throw new FormatException($"\"{format}\" is not a format that can be imported{Suggestion.Ending(format, Formats)}"),
+            _ => throw new FormatException($"\"{format}\" cannot be imported; {string.Join(", ", Formats)} can{Suggestion.Ending(format, Formats)}"),
         };
     }
 

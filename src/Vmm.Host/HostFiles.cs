@@ -1,14 +1,42 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using Microsoft.Win32.SafeHandles;
 using Mono.Unix;
+using Vmm.Host.Native;
 
 namespace Vmm.Host;
 
-/// <summary>Owners and groups of files, by Mono.Posix: not for the start path, since it loads a native helper.</summary>
+/// <summary>Owners and groups of files.</summary>
 public static class HostFiles
 {
+    /// <summary>Makes a directory, if it is not there, and gives it away. A link in its place is an error.</summary>
+    /// <param name="path">The directory; what is above it is made too.</param>
+    /// <param name="user">Owner.</param>
+    /// <param name="group">Group.</param>
+    /// <param name="mode">Permissions, with the set-group-ID and sticky bits.</param>
+    /// <exception cref="HostException">It is something else, or may not be given away.</exception>
+    public static void Give(string path, uint user, uint group, int mode)
+    {
+        System.IO.Directory.CreateDirectory(path);
+        Change(path, OsAbi.Current.OpenDirectory, user, group, mode);
+    }
+
+    /// <summary>Gives a file away. A link is an error.</summary>
+    /// <exception cref="HostException">It is something else, or may not be given away.</exception>
+    public static void GiveFile(string path, uint user, uint group, int mode) => Change(path, 0, user, group, mode);
+
+    private static void Change(string path, int flags, uint user, uint group, int mode)
+    {
+        int number = LibC.open(path, flags | OsAbi.Current.OpenNoFollow | OsAbi.Current.OpenCloseOnExec, 0);
+        using var file = new SafeFileHandle(number, ownsHandle: true);
+        if (file.IsInvalid || LibC.fchown(number, user, group) != 0 || LibC.fchmod(number, mode) != 0)
+        {
+            throw HostException.Last(path);
+        }
+    }
+
     /// <summary>Name of the group that owns a file or device.</summary>
-    /// <returns>Null when it cannot be found out.</returns>
+    /// <returns>Null when it cannot be found out. By Mono.Posix, which loads a native helper: not for the start path.</returns>
     public static string? TryGetGroupName(string path)
     {
         try

@@ -120,9 +120,43 @@ public static class HostProcess
         return list;
     }
 
-    // passwd(5): name:password:uid:gid:... A user of NIS or LDAP is not found here; service accounts are local.
-    private static (uint User, uint Group) FindUser(string user)
+    /// <summary>True when /etc/passwd has a user of that name.</summary>
+    public static bool UserExists(string user)
     {
+        try
+        {
+            _ = FindUser(user);
+            return true;
+        }
+        catch (HostException)
+        {
+            return false;
+        }
+    }
+
+    /// <summary>Has this process's standard output and error go to the end of a file, which is made; a link is not followed.</summary>
+    /// <exception cref="HostException">The file cannot be opened.</exception>
+    public static void RedirectOutput(string path)
+    {
+        const int WriteOnly = 1;
+        int append = OsAbi.Current.System == HostSystem.Linux ? 0x400 : 8;
+        int file = LibC.open(path, WriteOnly | append | OsAbi.Current.OpenCreate | OsAbi.Current.OpenNoFollow, 0x1B0);
+        if (file < 0 || LibC.dup2(file, 1) < 0 || LibC.dup2(file, 2) < 0)
+        {
+            throw HostException.Last(path);
+        }
+
+        _ = LibC.close(file);
+    }
+
+    /// <summary>
+    /// Numbers of a user and its group, from passwd(5): name:password:uid:gid:... A user of NIS or LDAP is not found here;
+    /// service accounts are local.
+    /// </summary>
+    /// <exception cref="HostException">There is no such user.</exception>
+    public static (uint User, uint Group) FindUser(string user)
+    {
+        ArgumentNullException.ThrowIfNull(user);
         foreach (string line in File.ReadLines("/etc/passwd"))
         {
             string[] fields = line.Split(':');

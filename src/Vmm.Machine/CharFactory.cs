@@ -12,7 +12,7 @@ namespace Vmm.Machine;
 /// Makes the host ends of serial ports and consoles. Behind each stands a multiplexer with a log of the last output, so that
 /// people can look and type from elsewhere whatever the definition says.
 /// </summary>
-internal sealed class CharFactory(ICharBackend? stdio) : IDisposable
+internal sealed class CharFactory(ICharBackend? stdio, Func<string, string>? logFile) : IDisposable
 {
     private readonly Dictionary<string, CharMultiplexer> _ends = new(StringComparer.Ordinal);
     private PollLoop? _loop;
@@ -26,7 +26,8 @@ internal sealed class CharFactory(ICharBackend? stdio) : IDisposable
     /// <summary>Makes the end of a device.</summary>
     public ICharBackend Make(string device, CharSpec spec)
     {
-        var end = new CharMultiplexer(new CharLog(null), Open(spec));
+        string? log = spec.Kind == CharKind.Log ? logFile?.Invoke(device) : null;
+        var end = new CharMultiplexer(new CharLog(log), Open(spec));
         _ends.Add(device, end);
         return end;
     }

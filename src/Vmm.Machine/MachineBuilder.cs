@@ -37,11 +37,11 @@ public sealed class MachineBuilder : IDisposable
     private MachineParts? _parts;
     private bool _handedOver;
 
-    private MachineBuilder(MachineSpec spec, IHypervisor hypervisor, ICharBackend? stdio)
+    private MachineBuilder(MachineSpec spec, IHypervisor hypervisor, ICharBackend? stdio, Func<string, string>? logFile)
     {
         _spec = spec;
         _hypervisor = hypervisor;
-        _chars = new CharFactory(stdio);
+        _chars = new CharFactory(stdio, logFile);
         _layout = new MemoryLayout((ulong)spec.MemoryBytes & ~0xFFFUL);
         _system = new SystemControl(spec.Watchdog);
         DateTimeOffset start = spec.Clock.Start ?? DateTimeOffset.UtcNow;
@@ -53,14 +53,16 @@ public sealed class MachineBuilder : IDisposable
     /// <param name="spec">The definition.</param>
     /// <param name="hypervisor">The driver; owned by the machine, disposed also when building fails.</param>
     /// <param name="stdio">What <c>stdio</c> means; null when there is no terminal.</param>
+    /// <param name="logFile">The file of a port's log, by the port's name; null keeps logs in memory.</param>
     /// <exception cref="BootException">The definition asks for something that cannot be booted.</exception>
     /// <exception cref="HypervisorException">The driver refused.</exception>
     /// <exception cref="HostException">The host refused memory or a descriptor.</exception>
-    public static Machine Build(MachineSpec spec, IHypervisor hypervisor, ICharBackend? stdio)
+    public static Machine Build(
+        MachineSpec spec, IHypervisor hypervisor, ICharBackend? stdio, Func<string, string>? logFile = null)
     {
         ArgumentNullException.ThrowIfNull(spec);
         ArgumentNullException.ThrowIfNull(hypervisor);
-        using var builder = new MachineBuilder(spec, hypervisor, stdio);
+        using var builder = new MachineBuilder(spec, hypervisor, stdio, logFile);
         return builder.Build();
     }
 

@@ -15,6 +15,9 @@ public sealed record RunOptions
     /// <summary>What <c>stdio</c> means in the definition; null when there is no terminal to give.</summary>
     public ICharBackend? Stdio { get; init; }
 
+    /// <summary>The file of a port's log, by the port's name, for ports that end in <c>log</c>; null keeps them in memory.</summary>
+    public Func<string, string>? LogFile { get; init; }
+
     /// <summary>Says which driver was taken and why, in one line.</summary>
     public bool ReportDriver { get; init; } = true;
 
@@ -60,7 +63,7 @@ public static class MachineRunner
                 log.WriteLine($"vmctl: {spec.Name}: runs on {choice.Reason}");
             }
 
-            using Machine machine = MachineBuilder.Build(spec, choice.Hypervisor, options.Stdio);
+            using Machine machine = MachineBuilder.Build(spec, choice.Hypervisor, options.Stdio, options.LogFile);
             using IDisposable? companion = options.OnBuilt?.Invoke(machine);
             MachineResult result = machine.Run();
             if (result.Message is not null)

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
-using System.Runtime.InteropServices;
 using FluentAssertions;
 using Vmm.Core;
+using Vmm.TestKit;
 using Xunit;
 
 namespace Vmm.Memory.Tests;
@@ -113,21 +113,5 @@ public sealed class GuestMemoryTests
         });
         calls.Should().Be(2);
         memory.View.Should().HaveCount(2);
-    }
-
-    private sealed class HeapBuffer : SafeBuffer
-    {
-        public HeapBuffer(int length)
-            : base(true)
-        {
-            SetHandle(Marshal.AllocHGlobal(length));
-            Initialize((ulong)length);
-        }
-
-        protected override bool ReleaseHandle()
-        {
-            Marshal.FreeHGlobal(handle);
-            return true;
-        }
     }
 }

@@ -186,18 +186,31 @@ internal static class LogCommand
         var arguments = new VmArguments(command);
         var follow = new Option<bool>("--follow", "-F") { Description = "Go on with what it writes from now on." };
         var process = new Option<bool>("--process", "-p") { Description = "The messages of the VM's process instead." };
+        var port = new Option<string>("--port", "-s")
+        {
+            Description = "The log of another port that ends in \"log\": com1 to com4, console0, or firmware.",
+            HelpName = "port",
+        };
         command.Add(follow);
         command.Add(process);
+        command.Add(port);
         command.SetAction(async (result, cancellation) =>
         {
             using FleetAccess fleet = arguments.Open(result);
             string name = arguments.One(result);
             VmPaths vm = fleet.Paths.Of(name);
-            string path = result.GetValue(process) ? vm.ProcessLog : vm.ConsoleLog;
+            string? chosen = result.GetValue(port);
+            if (chosen is not null && (!MachineNames.IsName(chosen) || result.GetValue(follow) || result.GetValue(process)))
+            {
+                throw new CommandException(ExitStatus.Usage, "log: --port takes a name such as com2, and neither --follow nor --process with it");
+            }
+
+            string path = result.GetValue(process) ? vm.ProcessLog : chosen is null ? ConsoleLogOf(vm) : vm.PortLog(chosen);
             if (!MachineNames.IsName(name) || !File.Exists(path))
             {
                 CommandException reason = await fleet.NotRunningAsync(name, cancellation).ConfigureAwait(false);
-                throw reason.Status == ExitStatus.NoInput ? reason : new CommandException(ExitStatus.WrongState, $"\"{name}\" has no log yet");
+                string what = chosen is null ? "log" : $"log of {chosen}";
+                throw reason.Status == ExitStatus.NoInput ? reason : new CommandException(ExitStatus.WrongState, $"\"{name}\" has no {what} yet");
             }
 
             if (result.GetValue(follow) && VmProcess.IsAlive(vm))
@@ -214,5 +227,20 @@ internal static class LogCommand
             return ExitStatus.Ok;
         });
         return command;
+    }
+
+    // A VM whose first port ends in "log" has nothing on the console that people attach to.
+    private static string ConsoleLogOf(VmPaths vm)
+    {
+        bool isEmpty = File.Exists(vm.ConsoleLog) && CharLog.Read(vm.ConsoleLog, 1).Length == 0;
+        foreach (string port in isEmpty ? ["com1", "com2", "com3", "com4", "console0"] : Array.Empty<string>())
+        {
+            if (File.Exists(vm.PortLog(port)))
+            {
+                return vm.PortLog(port);
+            }
+        }
+
+        return vm.ConsoleLog;
     }
 }

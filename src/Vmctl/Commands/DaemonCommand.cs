@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using System.Collections.Generic;
 using System.CommandLine;
 using System.Net;
 using System.Runtime.InteropServices;
 using System.Threading;
 using System.Threading.Tasks;
 using Vmm.Fleet.Daemon;
+using Vmm.Host;
 
 namespace Vmctl.Commands;
 
@@ -13,6 +15,8 @@ namespace Vmctl.Commands;
 internal static class DaemonCommand
 {
     private const string DefaultWeb = "127.0.0.1:7117";
+    private const string DefaultUser = "vmm";
+    private const string DefaultVmUser = "vmm-guest";
 
     internal static Command Create(CommandContext context)
     {
@@ -30,12 +34,26 @@ internal static class DaemonCommand
         {
             Description = "Let --web listen on an address that is not loopback's, although the page has no TLS.",
         };
+        var user = new Option<string>("--user")
+        {
+            Description = $"When started by root: the user that the daemon becomes; default: {DefaultUser}, if there is one.",
+            HelpName = "name",
+        };
+        var vmUser = new Option<string>("--vm-user")
+        {
+            Description = $"The user of VMs that name none with run-as; default: {DefaultVmUser}, if there is one, or the daemon's.",
+            HelpName = "name",
+        };
+        var kept = new Option<bool>("--kept") { Hidden = true };
         var paths = new PathOptions();
         var command = new Command("daemon", "Keep the VMs of the definition directory up; for service managers, stays in the foreground.")
         {
             stop,
             web,
             plain,
+            user,
+            vmUser,
+            kept,
         };
         paths.AddTo(command, withDefinitions: true);
         command.SetAction((result, cancellation) =>
@@ -43,9 +61,85 @@ internal static class DaemonCommand
             IPEndPoint? page = result.GetResult(web) is null ? null : ParseWeb(result.GetValue(web) ?? DefaultWeb, result.GetValue(plain));
             string program = Environment.ProcessPath ?? "vmctl";
             var options = new DaemonOptions(paths.Resolve(result), program, result.GetValue(stop), page);
-            return RunAsync(context, options, cancellation);
+            string? daemonUser = UserFor(result.GetValue(user), DefaultUser);
+            if (result.GetValue(kept))
+            {
+                return RunKeptAsync(context, options, daemonUser!, cancellation);
+            }
+
+            if (daemonUser is null)
+            {
+                return RunAsync(context, options, cancellation);
+            }
+
+            string machineUser = UserFor(result.GetValue(vmUser), DefaultVmUser) ?? daemonUser;
+            return KeepAsync(options, daemonUser, machineUser, cancellation);
         });
         return command;
+    }
+
+    // Only root can become somebody else, and only somebody who is there.
+    private static string? UserFor(string? asked, string otherwise)
+    {
+        if (asked is not null && !(HostProcess.IsRoot && HostProcess.UserExists(asked)))
+        {
+            string why = HostProcess.IsRoot ? $"there is no user \"{asked}\" on this host" : "only root can become another user";
+            throw new CommandException(ExitStatus.Usage, $"daemon: {why}");
+        }
+
+        return asked ?? (HostProcess.IsRoot && HostProcess.UserExists(otherwise) ? otherwise : null);
+    }
+
+    // The part that stays root.
+    private static async Task<int> KeepAsync(DaemonOptions options, string user, string vmUser, CancellationToken cancellation)
+    {
+        using var ending = CancellationTokenSource.CreateLinkedTokenSource(cancellation);
+        void End(PosixSignalContext signal)
+        {
+            signal.Cancel = true;
+            ending.Cancel();
+        }
+
+        using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, End);
+        using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, End);
+        Action reload = static () => { };
+        using PosixSignalRegistration hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, signal =>
+        {
+            signal.Cancel = true;
+            reload();
+        });
+        List<string> words =
+        [
+            "daemon", "--kept", "--user", user, "--config-dir", options.Paths.Definitions, "--run-dir", options.Paths.Run,
+            "--state-dir", options.Paths.State,
+        ];
+        if (options.StopOnExit)
+        {
+            words.Add("--stop-on-exit");
+        }
+
+        if (options.Web is { } web)
+        {
+            // Whether it may be another address than loopback's was asked before.
+            words.AddRange(["--web", web.ToString(), "--web-without-tls"]);
+        }
+
+        var keeper = new Keeper(new KeeperOptions(options.Paths, options.Program, user, vmUser, words));
+        return await keeper.RunAsync(given => reload = given, ending.Token).ConfigureAwait(false);
+    }
+
+    // The part that is not root: its keeper is at the other end of standard input and output.
+    private static async Task<int> RunKeptAsync(CommandContext context, DaemonOptions options, string user, CancellationToken cancellation)
+    {
+        HostProcess.TryLeaveSession();
+        HostProcess.BecomeUser(user);
+        HostProcess.TryRefuseNewPrivileges();
+        using var ending = CancellationTokenSource.CreateLinkedTokenSource(cancellation);
+        FleetDaemon? daemon = null;
+        var launcher = new KeptLauncher(
+            Console.OpenStandardInput(), Console.OpenStandardOutput(), () => daemon?.Load(force: true), () => ending.Cancel());
+        context.Error.WriteLine($"runs as {user}");
+        return await RunAsync(context, options with { Launcher = launcher }, ending.Token, made => daemon = made).ConfigureAwait(false);
     }
 
     private static IPEndPoint ParseWeb(string text, bool withoutTls)
@@ -63,7 +157,7 @@ internal static class DaemonCommand
                 $"daemon: the web page has no TLS: put a proxy before {DefaultWeb}, or give --web-without-tls to listen on {text}");
     }
 
-    private static async Task<int> RunAsync(CommandContext context, DaemonOptions options, CancellationToken cancellation)
+    private static async Task<int> RunAsync(CommandContext context, DaemonOptions options, CancellationToken cancellation, Action<FleetDaemon>? onMade = null)
     {
         using var ending = CancellationTokenSource.CreateLinkedTokenSource(cancellation);
         void End(PosixSignalContext signal)
@@ -75,6 +169,7 @@ internal static class DaemonCommand
         using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, End);
         using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, End);
         var daemon = new FleetDaemon(options, context.Error);
+        onMade?.Invoke(daemon);
         using PosixSignalRegistration hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, signal =>
         {
             signal.Cancel = true;

@@ -103,8 +103,10 @@ internal static class RunProcessCommand
     {
         var file = new Argument<string>("file");
         var confined = new Option<bool>("--confined");
+        var user = new Option<string>("--user");
+        var logFile = new Option<string>("--log");
         var paths = new PathOptions();
-        var command = new Command("_run", "A VM's process as the daemon starts it.") { file, confined };
+        var command = new Command("_run", "A VM's process as the daemon starts it.") { file, confined, user, logFile };
         command.Hidden = true;
         paths.AddTo(command, withDefinitions: false);
         command.SetAction(result =>
@@ -115,9 +117,14 @@ internal static class RunProcessCommand
             if (!result.GetValue(confined))
             {
                 HostProcess.TryLeaveSession();
-                if (spec.RunAs is { } user && HostProcess.IsRoot)
+                if ((result.GetValue(user) ?? spec.RunAs) is { } other && HostProcess.IsRoot)
                 {
-                    HostProcess.BecomeUser(user);
+                    HostProcess.BecomeUser(other);
+                }
+
+                if (result.GetValue(logFile) is { } path)
+                {
+                    HostProcess.RedirectOutput(path);
                 }
 
                 HostProcess.TryRefuseNewPrivileges();
@@ -130,6 +137,25 @@ internal static class RunProcessCommand
 
             using var log = new LastLineWriter(context.Error);
             return new VmSession(spec, resolved.Of(spec.Name), log, withControl: true).Run(null, reportDriver: true);
+        });
+        return command;
+    }
+}
+
+/// <summary><c>vmctl _end USER PID</c>: ends a process with no more rights than its user has. Hidden; for the keeper.</summary>
+internal static class EndProcessCommand
+{
+    internal static Command Create(CommandContext context)
+    {
+        _ = context;
+        var user = new Argument<string>("user");
+        var pid = new Argument<int>("pid");
+        var command = new Command("_end", "Ends a process as its user.") { user, pid };
+        command.Hidden = true;
+        command.SetAction(result =>
+        {
+            HostProcess.BecomeUser(result.GetRequiredValue(user));
+            return HostProcess.TryEnd(result.GetRequiredValue(pid), force: true) ? ExitStatus.Ok : ExitStatus.Failed;
         });
         return command;
     }

@@ -56,7 +56,7 @@ internal sealed class TerminalConsole : ICharBackend
             }
 
             _loop = new PollLoop("terminal");
-            _stdio = new StdioCharBackend(_loop, onEscape: null);
+            _stdio = new StdioCharBackend(_loop);
             _stdio.Attach(IsTerminal ? new EscapeReceiver(this, receiver) : receiver);
         }
     }

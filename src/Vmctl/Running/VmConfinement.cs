@@ -101,6 +101,11 @@ internal static class VmConfinement
             files.Allow(path, isWritten ? FileRights.Write : FileRights.Read);
         }
 
+        foreach ((_, string lease) in LeaseSet.OfDisks(spec))
+        {
+            AllowMade(files, lease);
+        }
+
         string?[] read =
         [
             spec.Boot.Kernel, spec.Boot.Initrd, spec.Boot.Firmware, spec.Display.PasswordFile, spec.Display.TlsCertificate, spec.Display.TlsKey,
@@ -120,6 +125,21 @@ internal static class VmConfinement
         AllowEnds(files, spec);
     }
 
+    // A rule needs a file that is there. What cannot be made is said by who opens it.
+    private static void AllowMade(FileSandbox files, string path)
+    {
+        try
+        {
+            File.OpenHandle(path, FileMode.OpenOrCreate, FileAccess.Write, FileShare.ReadWrite).Dispose();
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        {
+            return;
+        }
+
+        files.Allow(path, FileRights.Write);
+    }
+
     private static void AllowEnds(FileSandbox files, MachineSpec spec)
     {
         var ends = new List<CharSpec>(spec.Serial);
@@ -132,9 +152,7 @@ internal static class VmConfinement
         {
             if (end is { Kind: CharKind.File, Path: { } file })
             {
-                // A rule needs a file that is there.
-                File.OpenHandle(file, FileMode.OpenOrCreate, FileAccess.Write, FileShare.ReadWrite).Dispose();
-                files.Allow(file, FileRights.Write);
+                AllowMade(files, file);
             }
             else if (end.Kind == CharKind.Unix)
             {

@@ -16,8 +16,8 @@ namespace Vmctl.Running;
 
 // Theory. A session is one VM in this process with everything around the machine: its run directory, its lease, the
 // control and console sockets, the signals. `vmctl run` and the daemon's `_run` differ only in what stands at the end of
-// the console. Order: run directory (is it running already?), lease (on another host?) while the machine is being built,
-// sockets when it stands, guest code last. At the end the other way round, and exit.json just before the directory is let
+// the console. Order: run directory (is it running already?), leases (is the VM or a disk of it on another host?) before an
+// image is opened, sockets when the machine stands, guest code last. At the end the other way round, and exit.json just before the directory is let
 // go, so that whoever sees the process gone finds how it ended.
 
 /// <summary>Runs one VM.</summary>
@@ -81,10 +81,19 @@ internal sealed class VmSession
             string? message = null;
             try
             {
-                var console = new CharMultiplexer(new CharLog(_paths.ConsoleLog), end);
-                Task<Lease> lease = Lease.AcquireAsync(
-                    _paths.Lease, Lease.DefaultTimeToLive, TimeProvider.System, Lease.LocalHostId, CancellationToken.None);
-                status = RunMachine(console, console, lease, reportDriver);
+#pragma warning disable VSTHRD002 // the process's main thread; nothing waits for it
+                LeaseSet leases = LeaseSet.AcquireAsync(
+                    _paths, _spec, TimeProvider.System, line => _log.WriteLine("vmctl: " + line), CancellationToken.None).GetAwaiter().GetResult();
+                try
+                {
+                    var console = new CharMultiplexer(new CharLog(_paths.ConsoleLog), end);
+                    status = RunMachine(console, console, leases, reportDriver);
+                }
+                finally
+                {
+                    leases.DisposeAsync().AsTask().Wait();
+                }
+#pragma warning restore VSTHRD002
             }
             catch (LeaseHeldException held)
             {
@@ -118,13 +127,14 @@ internal sealed class VmSession
     // What MachineRunner logged last is why it did not get as far as a result.
     private string? LastLine() => (_log as LastLineWriter)?.Last;
 
-    private int RunMachine(ICharBackend? stdio, CharMultiplexer? console, Task<Lease>? lease, bool reportDriver)
+    private int RunMachine(ICharBackend? stdio, CharMultiplexer? console, LeaseSet? leases, bool reportDriver)
     {
         var options = new RunOptions
         {
             Stdio = stdio,
             ReportDriver = reportDriver,
-            OnBuilt = machine => Surround(machine, console, lease),
+            LogFile = _withControl ? _paths.PortLog : null,
+            OnBuilt = machine => Surround(machine, console, leases),
         };
         try
         {
@@ -133,7 +143,6 @@ internal sealed class VmSession
         finally
         {
             stdio?.Dispose();
-            ReturnLease(lease);
         }
     }
 
@@ -141,17 +150,6 @@ internal sealed class VmSession
     private MachineSpec WithScreen() => _withControl && _spec.Display is { Vga: not VgaModel.None, VncAddress: null, VncSocket: null }
         ? _spec with { Display = _spec.Display with { VncSocket = _paths.Screen } }
         : _spec;
-
-    // A lease that was taken although nothing was built is given back; one that was refused throws where it is awaited.
-    private static void ReturnLease(Task<Lease>? lease)
-    {
-        if (lease is { IsCompletedSuccessfully: true })
-        {
-#pragma warning disable VSTHRD002 // completed; and this is the process's last act
-            lease.Result.DisposeAsync().AsTask().Wait();
-#pragma warning restore VSTHRD002
-        }
-    }
 
     private static void Restore(Machine machine, string path)
     {
@@ -166,17 +164,13 @@ internal sealed class VmSession
         }
     }
 
-    private Companion Surround(Machine machine, CharMultiplexer? console, Task<Lease>? lease)
+    private Companion Surround(Machine machine, CharMultiplexer? console, LeaseSet? leases)
     {
         var companion = new Companion(this, machine);
         try
         {
-#pragma warning disable VSTHRD002 // vCPUs do not run yet; nothing else can go on
-            if (lease?.GetAwaiter().GetResult() is { } held)
-            {
-                companion.Fence(held);
-            }
-#pragma warning restore VSTHRD002
+            leases?.Watch(what =>
+                machine.Stop(MachineResult.For(StopReason.Error, $"another host took over the lease of {what}")));
             if (RestoreFrom is not null)
             {
                 Restore(machine, RestoreFrom);
@@ -211,7 +205,6 @@ internal sealed class VmSession
         private readonly Machine _machine;
         private ControlServer? _control;
         private ConsoleServer? _console;
-        private CancellationTokenRegistration _fence;
         private readonly Timer _patience;
         private int _terminations;
 
@@ -227,9 +220,6 @@ internal sealed class VmSession
             _signals.Add(PosixSignalRegistration.Create(PosixSignal.SIGHUP, OnEnd));
             _signals.Add(PosixSignalRegistration.Create(PosixSignal.SIGTERM, OnTerminate));
         }
-
-        internal void Fence(Lease lease) => _fence = lease.Lost.Register(() =>
-            _machine.Stop(MachineResult.For(StopReason.Error, "another host took over the lease of this VM")));
 
         internal void Serve(VmPaths paths, MachineControl control, CharMultiplexer console)
         {
@@ -247,7 +237,6 @@ internal sealed class VmSession
             }
 
             _patience.Dispose();
-            _fence.Dispose();
             string reason = _machine.Result?.Reason.ToString() ?? "error";
             _control?.Emit("SHUTDOWN", json =>
             {

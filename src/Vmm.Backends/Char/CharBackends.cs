@@ -10,27 +10,23 @@ using Vmm.Host;
 namespace Vmm.Backends.Char;
 
 /// <summary>
-/// Standard input and output of `vmctl run`. A terminal is put into raw mode, so that every key reaches the guest; Ctrl-A
-/// is then the escape: Ctrl-A a (or Ctrl-A twice) sends one Ctrl-A, any other key after it goes to the caller.
+/// Standard input and output of `vmctl run`. A terminal is put into raw mode, so that every key reaches the receiver, which
+/// looks for escapes itself.
 /// </summary>
 public sealed class StdioCharBackend : ICharBackend
 {
-    private const byte Escape = 1;
     private readonly PollLoop _loop;
     private readonly SafeFileHandle _in = new(0, ownsHandle: false);
     private readonly SafeFileHandle _out = new(1, ownsHandle: false);
     private readonly RawTerminal? _terminal;
     private readonly CharOutput _output;
-    private readonly Action<char>? _onEscape;
     private CharInput? _input;
 
     /// <summary>Takes over standard input and output.</summary>
     /// <param name="loop">Where input is waited for.</param>
-    /// <param name="onEscape">Told the key after Ctrl-A, on the loop's thread; null turns the escape off.</param>
-    public StdioCharBackend(PollLoop loop, Action<char>? onEscape)
+    public StdioCharBackend(PollLoop loop)
     {
         _loop = loop;
-        _onEscape = onEscape;
         if (RawTerminal.IsTerminal(0))
         {
             _terminal = RawTerminal.Enter(0);
@@ -49,8 +45,7 @@ public sealed class StdioCharBackend : ICharBackend
     public void Attach(ICharReceiver receiver)
     {
         ArgumentNullException.ThrowIfNull(receiver);
-        ICharReceiver filtered = _terminal is null || _onEscape is null ? receiver : new EscapeFilter(receiver, _onEscape);
-        _input = new CharInput(_loop, _in, filtered, () => { });
+        _input = new CharInput(_loop, _in, receiver, () => { });
         _input.Start();
     }
 
@@ -65,56 +60,6 @@ public sealed class StdioCharBackend : ICharBackend
         _terminal?.Dispose();
         _in.Dispose();
         _out.Dispose();
-    }
-
-    /// <summary>Takes Ctrl-A sequences out of a stream.</summary>
-    internal sealed class EscapeFilter : ICharReceiver
-    {
-        private readonly ICharReceiver _next;
-        private readonly Action<char> _onEscape;
-        private bool _isEscaped;
-
-        public EscapeFilter(ICharReceiver next, Action<char> onEscape)
-        {
-            _next = next;
-            _onEscape = onEscape;
-        }
-
-        public int RoomBytes => _next.RoomBytes;
-
-        public void Receive(ReadOnlySpan<byte> bytes)
-        {
-            Span<byte> kept = bytes.Length <= 4096 ? stackalloc byte[bytes.Length] : new byte[bytes.Length];
-            int count = 0;
-            foreach (byte value in bytes)
-            {
-                if (!_isEscaped)
-                {
-                    _isEscaped = value == Escape;
-                    if (!_isEscaped)
-                    {
-                        kept[count++] = value;
-                    }
-
-                    continue;
-                }
-
-                _isEscaped = false;
-                if (value is Escape or (byte)'a')
-                {
-                    kept[count++] = Escape;
-                }
-                else
-                {
-                    _onEscape((char)value);
-                }
-            }
-
-            if (count > 0)
-            {
-                _next.Receive(kept[..count]);
-            }
-        }
     }
 }
 

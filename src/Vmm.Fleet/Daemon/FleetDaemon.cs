@@ -19,7 +19,11 @@ namespace Vmm.Fleet.Daemon;
 /// <param name="Program">The vmctl that is started for each VM.</param>
 /// <param name="StopOnExit">Stop the fleet when the daemon is told to end; otherwise VMs go on and are found again.</param>
 /// <param name="Web">Where the web page listens; null for none.</param>
-public sealed record DaemonOptions(FleetPaths Paths, string Program, bool StopOnExit, IPEndPoint? Web = null);
+public sealed record DaemonOptions(FleetPaths Paths, string Program, bool StopOnExit, IPEndPoint? Web = null)
+{
+    /// <summary>Starts processes; null: as this user.</summary>
+    public IVmLauncher? Launcher { get; init; }
+}
 
 /// <summary>
 /// Supervises the fleet that the definition directory declares: reads it, looks at it every two seconds, turns the
@@ -46,7 +50,7 @@ public sealed class FleetDaemon
         ArgumentNullException.ThrowIfNull(options);
         _options = options;
         _log = log;
-        Host = new ProcessVmHost(options.Paths, options.Program, Say);
+        Host = new ProcessVmHost(options.Paths, options.Launcher ?? new ShellLauncher(options.Paths, options.Program), Say);
         Supervisor = new Supervisor(Host, _time);
         Host.Attach(Supervisor);
         Events = new EventHub();

@@ -14,59 +14,31 @@ using System.Threading;
 using System.Threading.Tasks;
 using Vmm.Config;
 using Vmm.Fleet.Control;
-using Vmm.Host;
 
 namespace Vmm.Fleet.Daemon;
 
-// Theory. A VM is a process that does not need its daemon: it is started through a shell that puts its limits in place
-// and leaves it behind as nobody's child, and it is found again by its run directory. So there is one way to watch a VM,
+// Theory. A VM is a process that does not need its daemon: it is started by a launcher that leaves it behind as nobody's
+// child, and it is found again by its run directory. So there is one way to watch a VM,
 // whoever started it: a connection to its control socket that ends when the process ends. How it ended stands in
 // exit.json; no word there means killed or crashed.
-//
-// Limits: nice and ulimit by the shell; processor and memory by a cgroup of its own where the daemon may make one (Linux,
-// cgroup v2), by rctl on FreeBSD, by newtask's project on illumos. A limit that cannot be put in place is said in the
-// VM's log and does not keep it from starting, except that the shell's own must work.
 
 /// <summary>Runs VMs as processes of this host. Thread-safe.</summary>
 public sealed class ProcessVmHost : IVmHost
 {
-    private const string Script = """
-        umask 077
-        log=$1 nice=$2 files=$3 cgroup=$4 cpu=$5 memory=$6 name=$7
-        shift 7
-        exec </dev/null >>"$log" 2>&1
-        [ "$files" = 0 ] || ulimit -n "$files" || exit 1
-        if [ -n "$cgroup" ]; then
-            mkdir -p "$cgroup" && echo $$ >"$cgroup/cgroup.procs" || echo "vmctl: no cgroup for $name: its limits are not enforced"
-            [ "$cpu" = 0 ] || echo "$((cpu * 1000)) 100000" >"$cgroup/cpu.max"
-            [ "$memory" = 0 ] || echo "$memory" >"$cgroup/memory.max"
-        fi
-        (
-            [ "$nice" = 0 ] && exec "$@"
-            exec nice -n "$nice" "$@"
-        ) &
-        pid=$!
-        if [ "$(uname -s)" = FreeBSD ]; then
-            [ "$cpu" = 0 ] || rctl -a "process:$pid:pcpu:deny=$cpu"
-            [ "$memory" = 0 ] || rctl -a "process:$pid:memoryuse:deny=$memory"
-        fi
-        exit 0
-        """;
-
     private readonly ConcurrentDictionary<string, Watcher> _watchers = new(StringComparer.Ordinal);
     private readonly FleetPaths _paths;
-    private readonly string _program;
+    private readonly IVmLauncher _launcher;
     private readonly Action<string> _log;
     private Supervisor? _supervisor;
 
     /// <summary>Makes one.</summary>
     /// <param name="paths">Where things lie.</param>
-    /// <param name="program">The vmctl that is started as <c>_run</c>.</param>
+    /// <param name="launcher">Starts and ends processes.</param>
     /// <param name="log">Lines for the daemon's log.</param>
-    public ProcessVmHost(FleetPaths paths, string program, Action<string> log)
+    public ProcessVmHost(FleetPaths paths, IVmLauncher launcher, Action<string> log)
     {
         _paths = paths;
-        _program = program;
+        _launcher = launcher;
         _log = log;
     }
 
@@ -133,13 +105,13 @@ public sealed class ProcessVmHost : IVmHost
         {
             try
             {
-                VmPaths vm = _paths.Of(name);
-                FleetPaths.MakePrivate(vm.Run);
-                FleetPaths.MakePrivate(vm.State);
-                File.Delete(vm.Exit);
-                string definition = Path.Combine(vm.Run, "next.yaml");
-                VmProcess.WriteWhole(definition, SpecWriter.Write(spec));
-                StartShell(spec, vm, definition);
+                // The word of the run before must not be taken for this one's.
+                if (Directory.Exists(_paths.Of(name).Run))
+                {
+                    File.Delete(_paths.Of(name).Exit);
+                }
+
+                _launcher.Launch(spec);
                 Watch(name, TimeSpan.FromSeconds(50));
             }
             catch (Exception failure) when (failure is IOException or UnauthorizedAccessException or System.ComponentModel.Win32Exception)
@@ -155,16 +127,14 @@ public sealed class ProcessVmHost : IVmHost
     /// <inheritdoc/>
     public void End(string name) => _ = Task.Run(async () =>
     {
-        int? pid = VmProcess.ReadPid(_paths.Of(name));
         if (await CommandAsync(name, "quit").ConfigureAwait(false))
         {
             await Task.Delay(TimeSpan.FromSeconds(3)).ConfigureAwait(false);
         }
 
-        // Only while the pid file is locked is the number in it the VM's.
-        if (pid is { } number && VmProcess.IsAlive(_paths.Of(name)))
+        if (VmProcess.IsAlive(_paths.Of(name)))
         {
-            HostProcess.TryEnd(number, force: true);
+            _launcher.End(name);
         }
     });
 
@@ -293,37 +263,6 @@ public sealed class ProcessVmHost : IVmHost
         }
     }
 
-    private void StartShell(MachineSpec spec, VmPaths vm, string definition)
-    {
-        string cgroup = string.Empty;
-        bool wantsGroup = spec.Limits.CpuPercent != 0 || spec.Limits.OverheadBytes != 0;
-        if (wantsGroup && File.Exists("/sys/fs/cgroup/cgroup.controllers"))
-        {
-            cgroup = "/sys/fs/cgroup/vmm/" + spec.Name;
-        }
-
-        long memory = spec.Limits.OverheadBytes == 0 ? 0 : spec.MemoryBytes + spec.Limits.OverheadBytes;
-        string[] arguments =
-        [
-            "-c", Script, "sh", vm.ProcessLog, Number(spec.Limits.Nice), Number(spec.Limits.OpenFiles), cgroup,
-            Number(spec.Limits.CpuPercent), Number(memory), spec.Name,
-            _program, "_run", "--run-dir", _paths.Run, "--state-dir", _paths.State, definition,
-        ];
-        var start = new ProcessStartInfo("/bin/sh") { UseShellExecute = false, WorkingDirectory = "/" };
-        foreach (string argument in arguments)
-        {
-            start.ArgumentList.Add(argument);
-        }
-
-        using Process shell = Process.Start(start) ?? throw new IOException("/bin/sh did not start");
-        if (!shell.WaitForExit(10_000) || shell.ExitCode != 0)
-        {
-            throw new IOException($"its limits cannot be put in place; see {vm.ProcessLog}");
-        }
-    }
-
-    private static string Number(long value) => value.ToString(CultureInfo.InvariantCulture);
-
     private void Watch(string name, TimeSpan patience)
     {
         var watcher = new Watcher();
@@ -358,7 +297,7 @@ public sealed class ProcessVmHost : IVmHost
             if (VmProcess.IsAlive(vm) && VmProcess.ReadPid(vm) is { } pid)
             {
                 _log($"{name}: process {pid} closed its socket and did not end; ending it");
-                HostProcess.TryEnd(pid, force: true);
+                _launcher.End(name);
                 await Task.Delay(200).ConfigureAwait(false);
             }
         }

@@ -33,6 +33,15 @@ internal static unsafe partial class LibC
     [LibraryImport("libc", SetLastError = true)]
     internal static partial int execve(byte* path, byte** arguments, byte** environment);
 
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial int dup2(int from, int to);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial int fchown(int file, uint user, uint group);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial int fchmod(int file, int mode);
+
     // These three by the file names of their systems: the linker binds "libc", and the C library of Linux lacks them.
     // FreeBSD: procctl(2).
     [LibraryImport("libc.so.7", SetLastError = true)]

@@ -198,18 +198,6 @@ public sealed class CharBackendTests : IDisposable
         second.Text.Should().Be("past present!");
     }
 
-    [Fact]
-    public void EscapeFilter_CtrlA_SendsItselfOrCallsOut()
-    {
-        var receiver = new Receiver(100);
-        var keys = new List<char>();
-        var filter = new StdioCharBackend.EscapeFilter(receiver, keys.Add);
-        filter.Receive([(byte)'a', 1]);
-        filter.Receive([(byte)'x', (byte)'b', 1, 1, (byte)'c', 1, (byte)'a']);
-        keys.Should().Equal('x');
-        receiver.WaitFor([(byte)'a', (byte)'b', 1, (byte)'c', 1]);
-    }
-
     private static Socket Connect(string path)
     {
         var client = new Socket(AddressFamily.Unix, SocketType.Stream, ProtocolType.Unspecified) { ReceiveTimeout = 10_000 };

@@ -2,12 +2,12 @@
 using System;
 using System.Buffers.Binary;
 using System.IO;
-using System.Runtime.InteropServices;
 using System.Text;
 using FluentAssertions;
 using Vmm.Core;
 using Vmm.Machine.Boot;
 using Vmm.Memory;
+using Vmm.TestKit;
 using Xunit;
 
 namespace Vmm.Machine.Tests.Boot;
@@ -237,7 +237,7 @@ public sealed class DirectBootTests : IDisposable
         public Box(int mib)
         {
             ulong bytes = (ulong)mib << 20;
-            _ram = new RamBlock("ram", new HeapBuffer((nuint)bytes), bytes);
+            _ram = new RamBlock("ram", new HeapBuffer((int)bytes), bytes);
             Memory.Map(0, _ram, 0, bytes);
             Layout = new MemoryLayout(bytes);
             Cpu.Reset(false, 0);
@@ -277,21 +277,5 @@ public sealed class DirectBootTests : IDisposable
         }
 
         public void Dispose() => _ram.Dispose();
-    }
-
-    private sealed class HeapBuffer : SafeBuffer
-    {
-        public HeapBuffer(nuint length)
-            : base(true)
-        {
-            SetHandle(Marshal.AllocHGlobal((nint)length));
-            Initialize(length);
-        }
-
-        protected override bool ReleaseHandle()
-        {
-            Marshal.FreeHGlobal(handle);
-            return true;
-        }
     }
 }

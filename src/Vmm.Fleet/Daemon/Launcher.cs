@@ -1,0 +1,131 @@
+// SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Diagnostics;
+using System.Globalization;
+using System.IO;
+using Vmm.Config;
+using Vmm.Host;
+
+namespace Vmm.Fleet.Daemon;
+
+// Theory. A VM's process is started through a shell that puts its limits in place and leaves it behind as nobody's child.
+//
+// Limits: nice and ulimit by the shell; processor and memory by a cgroup of its own where the launcher may make one (Linux,
+// cgroup v2), by rctl on FreeBSD, by newtask's project on illumos. A limit that cannot be put in place is said in the
+// VM's log and does not keep it from starting, except that the shell's own must work.
+//
+// A daemon that has given up root's rights cannot start a process for another user: then its keeper does it (Keeper).
+
+/// <summary>Starts and ends the processes of VMs. Thread-safe; may block for as long as a shell takes.</summary>
+public interface IVmLauncher
+{
+    /// <summary>Starts a VM's process.</summary>
+    /// <exception cref="IOException">It cannot be started; the message is one line for people.</exception>
+    void Launch(MachineSpec spec);
+
+    /// <summary>Ends a VM's process that does not listen, without asking it.</summary>
+    void End(string name);
+}
+
+/// <summary>Starts VMs as processes of this user, or of another if this one is root.</summary>
+public sealed class ShellLauncher : IVmLauncher
+{
+    private const string Script = """
+        umask "$1"
+        log=$2 nice=$3 files=$4 cgroup=$5 cpu=$6 memory=$7 name=$8
+        shift 8
+        if [ -n "$log" ]; then exec </dev/null >>"$log" 2>&1; else exec </dev/null; fi
+        [ "$files" = 0 ] || ulimit -n "$files" || exit 1
+        if [ -n "$cgroup" ]; then
+            mkdir -p "$cgroup" && echo $$ >"$cgroup/cgroup.procs" || echo "vmctl: no cgroup for $name: its limits are not enforced"
+            [ "$cpu" = 0 ] || echo "$((cpu * 1000)) 100000" >"$cgroup/cpu.max"
+            [ "$memory" = 0 ] || echo "$memory" >"$cgroup/memory.max"
+        fi
+        (
+            [ "$nice" = 0 ] && exec "$@"
+            exec nice -n "$nice" "$@"
+        ) &
+        pid=$!
+        if [ "$(uname -s)" = FreeBSD ]; then
+            [ "$cpu" = 0 ] || rctl -a "process:$pid:pcpu:deny=$cpu"
+            [ "$memory" = 0 ] || rctl -a "process:$pid:memoryuse:deny=$memory"
+        fi
+        exit 0
+        """;
+
+    private readonly FleetPaths _paths;
+    private readonly string _program;
+
+    /// <summary>Makes one.</summary>
+    /// <param name="paths">Where things lie.</param>
+    /// <param name="program">The vmctl that is started as <c>_run</c>.</param>
+    public ShellLauncher(FleetPaths paths, string program)
+    {
+        _paths = paths;
+        _program = program;
+    }
+
+    /// <inheritdoc/>
+    public void Launch(MachineSpec spec)
+    {
+        ArgumentNullException.ThrowIfNull(spec);
+        VmPaths vm = _paths.Of(spec.Name);
+        FleetPaths.MakePrivate(vm.Run);
+        FleetPaths.MakePrivate(vm.State);
+        File.Delete(vm.Exit);
+        string definition = Path.Combine(vm.Run, "next.yaml");
+        VmProcess.WriteWhole(definition, SpecWriter.Write(spec));
+        Start(spec, definition, "077", vm.ProcessLog, []);
+    }
+
+    /// <inheritdoc/>
+    public void End(string name)
+    {
+        // Only while the pid file is locked is the number in it the VM's.
+        VmPaths vm = _paths.Of(name);
+        if (VmProcess.ReadPid(vm) is { } pid && VmProcess.IsAlive(vm))
+        {
+            HostProcess.TryEnd(pid, force: true);
+        }
+    }
+
+    /// <summary>Starts the shell and waits until it has put the limits in place.</summary>
+    /// <param name="spec">The VM.</param>
+    /// <param name="definition">File of its definition.</param>
+    /// <param name="umask">In octal.</param>
+    /// <param name="log">Standard output and error; empty for this process's own.</param>
+    /// <param name="options">More options of <c>_run</c>.</param>
+    /// <exception cref="IOException">The shell failed.</exception>
+    internal void Start(MachineSpec spec, string definition, string umask, string log, string[] options)
+    {
+        string cgroup = string.Empty;
+        bool wantsGroup = spec.Limits.CpuPercent != 0 || spec.Limits.OverheadBytes != 0;
+        if (wantsGroup && File.Exists("/sys/fs/cgroup/cgroup.controllers"))
+        {
+            cgroup = "/sys/fs/cgroup/vmm/" + spec.Name;
+        }
+
+        long memory = spec.Limits.OverheadBytes == 0 ? 0 : spec.MemoryBytes + spec.Limits.OverheadBytes;
+        string[] arguments =
+        [
+            "-c", Script, "sh", umask, log, Number(spec.Limits.Nice), Number(spec.Limits.OpenFiles), cgroup,
+            Number(spec.Limits.CpuPercent), Number(memory), spec.Name,
+            _program, "_run", .. options, "--run-dir", _paths.Run, "--state-dir", _paths.State, definition,
+        ];
+        var start = new ProcessStartInfo("/bin/sh") { UseShellExecute = false, WorkingDirectory = "/" };
+        foreach (string argument in arguments)
+        {
+            start.ArgumentList.Add(argument);
+        }
+
+        // A keeper's own pipes are for its daemon; the shell gets neither.
+        start.RedirectStandardInput = log.Length == 0;
+        using Process shell = Process.Start(start) ?? throw new IOException("/bin/sh did not start");
+        if (!shell.WaitForExit(10_000) || shell.ExitCode != 0)
+        {
+            throw new IOException($"its limits cannot be put in place; see {_paths.Of(spec.Name).ProcessLog}");
+        }
+    }
+
+    private static string Number(long value) => value.ToString(CultureInfo.InvariantCulture);
+}
