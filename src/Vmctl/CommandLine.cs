@@ -186,6 +186,11 @@ internal static class CommandLine
         string command = result.CommandResult.Command.Name;
         ParseError error = result.Errors[0];
         string message = error.Message.ReplaceLineEndings(" ").TrimEnd('.');
+        if (MissingWord(result) is { } missing)
+        {
+            message = missing;
+        }
+
         if (result.UnmatchedTokens.Count > 0)
         {
             string word = result.UnmatchedTokens[0];
@@ -196,6 +201,28 @@ internal static class CommandLine
         }
 
         return new CommandException(ExitStatus.Usage, $"{command}: {message} (see \"vmctl help {command}\")");
+    }
+
+    // The parser says that "an argument" is missing; the user wants to know which.
+    private static string? MissingWord(ParseResult result)
+    {
+        foreach (SymbolResult part in result.CommandResult.Children)
+        {
+            if (part is OptionResult { Tokens.Count: 0, Implicit: false, Option: { Arity.MinimumNumberOfValues: > 0 } option } given)
+            {
+                return $"{given.IdentifierToken?.Value ?? option.Name} needs a {option.HelpName ?? "value"}";
+            }
+        }
+
+        foreach (Argument argument in result.CommandResult.Command.Arguments)
+        {
+            if (argument.Arity.MinimumNumberOfValues > 0 && result.GetResult(argument) is null or { Tokens.Count: 0 })
+            {
+                return $"a {argument.Name} is missing";
+            }
+        }
+
+        return null;
     }
 
     private static bool IsBrokenPipe(IOException failure) =>

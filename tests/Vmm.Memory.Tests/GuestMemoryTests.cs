@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: BSD-2-Clause
+using System.Runtime.InteropServices;
 using FluentAssertions;
 using Vmm.Core;
 using Vmm.TestKit;

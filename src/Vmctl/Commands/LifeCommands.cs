@@ -201,13 +201,13 @@ internal static class WaitCommand
         {
             using FleetAccess fleet = arguments.Open(result);
             string name = arguments.One(result);
+            TimeSpan patience = StopCommand.Timeout(result, timeout) ?? TimeSpan.FromDays(10_000);
             VmPaths vm = fleet.Paths.Of(name);
             if (!MachineNames.IsName(name) || !VmProcess.IsAlive(vm))
             {
                 throw await fleet.NotRunningAsync(name, cancellation).ConfigureAwait(false);
             }
 
-            TimeSpan patience = StopCommand.Timeout(result, timeout) ?? TimeSpan.FromDays(10_000);
             if (!await WaitGoneAsync(vm, patience, cancellation).ConfigureAwait(false))
             {
                 throw new CommandException(ExitStatus.WrongState, $"\"{name}\" still runs after {Quantity.FormatDuration(patience)}");
