@@ -107,6 +107,7 @@ public sealed unsafe partial class SoftVcpu : IVcpu
             return;
         }
 
+        Vm.Forget(this);
         CloseTranslator();
 
         // SAFETY: all of these come from Allocate or AlignedAlloc in the constructor; SoftVm disposes a vCPU once,

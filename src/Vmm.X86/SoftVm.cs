@@ -261,6 +261,21 @@ public sealed unsafe class SoftVm : IVm
         return table;
     }
 
+    /// <summary>A vCPU goes away: nobody may ask it to look any more.</summary>
+    internal void Forget(SoftVcpu vcpu)
+    {
+        lock (_gate)
+        {
+            for (int i = 0; Shared != null && i < VmShared.MaxVcpus; i++)
+            {
+                if (Shared->Contexts[i] == (ulong)vcpu.Context)
+                {
+                    Volatile.Write(ref Shared->Contexts[i], 0);
+                }
+            }
+        }
+    }
+
     // Waits until no vCPU can use what it cached before. A vCPU that is outside Run or in a device counts as safe: it
     // sees the request before it touches guest memory again. The caller may itself be a vCPU in a device.
     private void Quiesce()

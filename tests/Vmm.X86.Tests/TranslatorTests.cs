@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
+using System;
+using System.Threading;
 using FluentAssertions;
 using Vmm.Core;
 using Xunit;
@@ -32,5 +34,103 @@ public sealed class TranslatorTests
         vm.State.Gpr[13].Should().Be(5000050000);
         vm.State.Gpr[3].Should().Be(5000050000);
         vm.Cpu.Translator!.Blocks.Should().BePositive();
+    }
+
+    [Fact]
+    public void LongMode_StoreIntoTheRunningLoop_TakesEffectAtOnce()
+    {
+        using var vm = new TestVm();
+        vm.EnterLong();
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            var again = a.CreateLabel();
+            a.mov(ecx, 1000);
+            a.xor(eax, eax);
+            a.Label(ref again);
+            a.add(__dword_ptr[TestVm.CodeAt + 15], 1);
+            a.mov(ebx, 0);
+            a.add(rax, rbx);
+            a.dec(ecx);
+            a.jne(again);
+            a.hlt();
+        });
+
+        // The immediate of MOV EBX lies behind its opcode.
+        int at = vm.Memory.Slice((int)TestVm.CodeAt, 64).IndexOf((byte)0xBB) + 1;
+        vm.Memory.Slice((int)TestVm.CodeAt, 64).IndexOf(new byte[] { 0x83, 0x04, 0x25 }).Should().Be(at - 9);
+        vm.Write32(TestVm.CodeAt + (ulong)at - 6, (uint)(TestVm.CodeAt + (ulong)at));
+        vm.Run().Should().Be(ExitKind.Halted);
+        vm.State.Gpr[0].Should().Be(500500);
+    }
+
+    [Fact]
+    public void LongMode_FaultInTranslatedCode_LeavesEverythingBeforeIt()
+    {
+        using var vm = new TestVm();
+        vm.EnterLong();
+        vm.Write64(TestVm.PageTables + 0x2000 + 8, 0);
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            var loop = a.CreateLabel();
+            a.mov(r14, 0x1FFF00L);
+            a.Label(ref loop);
+            a.mov(__qword_ptr[r14], r14);
+            a.add(r14, 8);
+            a.jmp(loop);
+        });
+        vm.Run().Should().Be(ExitKind.Halted);
+        vm.State.Cr2.Should().Be(0x200000);
+        vm.State.Gpr[14].Should().Be(0x200000);
+        vm.Read64(0x1FFFF8).Should().Be(0x1FFFF8);
+        vm.MarginsAreIntact.Should().BeTrue();
+    }
+
+    [Fact]
+    public void Translation_WhenSwitchedOff_LeavesTheInterpreter()
+    {
+        using var vm = new TestVm(translateAfter: 0);
+        vm.Cpu.Translator.Should().BeNull();
+        vm.EnterLong();
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            a.mov(eax, 7);
+            a.hlt();
+        });
+        vm.Run().Should().Be(ExitKind.Halted);
+        vm.State.Gpr[0].Should().Be(7);
+    }
+
+    [Fact]
+    public void GarbageCollections_WhileTranslatedCodeRuns_DoNotWaitForIt()
+    {
+        using var vm = new TestVm();
+        vm.EnterLong();
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            var loop = a.CreateLabel();
+            a.Label(ref loop);
+            a.inc(rbx);
+            a.mov(__[0x20000], rbx);
+            a.cpuid();
+            a.jmp(loop);
+        });
+        vm.Cpu.WriteState(vm.State);
+        ExitKind kind = ExitKind.Failed;
+        var thread = new Thread(() =>
+        {
+            var exit = default(VcpuExit);
+            kind = vm.Cpu.Run(ref exit);
+        });
+        thread.Start();
+        for (int i = 0; i < 200; i++)
+        {
+            _ = new byte[1 << 16];
+            GC.Collect(i % 3);
+        }
+
+        vm.Cpu.Kick();
+        thread.Join(10_000).Should().BeTrue();
+        kind.Should().Be(ExitKind.Interrupted);
+        vm.Read64(0x20000).Should().BePositive();
     }
 }
