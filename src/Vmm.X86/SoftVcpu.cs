@@ -72,6 +72,7 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         _cpu->PhysicalBits = bits is >= 32 and <= 52 ? bits : 36;
         _cpu->PhysicalMask = (1UL << _cpu->PhysicalBits) - 1;
         ResetOffered();
+        _traits?.Clear();
         Paging.FlushAll(_cpu);
     }
 
