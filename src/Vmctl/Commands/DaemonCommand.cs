@@ -136,7 +136,7 @@ internal static class DaemonCommand
         HostProcess.TryRefuseNewPrivileges();
         using var ending = CancellationTokenSource.CreateLinkedTokenSource(cancellation);
         FleetDaemon? daemon = null;
-        var launcher = new KeptLauncher(
+        using var launcher = new KeptLauncher(
             Console.OpenStandardInput(), Console.OpenStandardOutput(), () => daemon?.Load(force: true), () => ending.Cancel());
         context.Error.WriteLine($"runs as {user}");
         return await RunAsync(context, options with { Launcher = launcher }, ending.Token, made => daemon = made).ConfigureAwait(false);

@@ -4,7 +4,6 @@ using System.Collections.Generic;
 using System.IO;
 using System.Runtime.InteropServices;
 using System.Threading;
-using System.Threading.Tasks;
 using Vmm.Backends.Char;
 using Vmm.Config;
 using Vmm.Core;

@@ -199,7 +199,7 @@ public sealed class Keeper
 }
 
 /// <summary>The launcher of a daemon that has a keeper: asks it over standard output and input. Thread-safe.</summary>
-public sealed class KeptLauncher : IVmLauncher
+public sealed class KeptLauncher : IVmLauncher, IDisposable
 {
     private readonly Lock _gate = new();
     private readonly Stream _toKeeper;
@@ -229,6 +229,9 @@ public sealed class KeptLauncher : IVmLauncher
 
     /// <inheritdoc/>
     public void End(string name) => Ask("end", name);
+
+    /// <summary>Forgets the keeper's answers; nobody may be asking.</summary>
+    public void Dispose() => _answers.Dispose();
 
     // One question at a time; names need no quoting.
     private string Ask(string word, string name)
