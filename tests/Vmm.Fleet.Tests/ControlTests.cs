@@ -61,10 +61,27 @@ public sealed class ControlTests : IAsyncLifetime
         await client.ExecuteAsync("balloon", json => json.WriteNumber("value", 32 << 20), CancellationToken.None);
         (await client.ExecuteAsync("query-balloon", null, CancellationToken.None)).GetProperty("actual").GetInt64()
             .Should().Be(48 << 20);
+        await client.ExecuteAsync(
+            "blockdev-change-medium",
+            json =>
+            {
+                json.WriteString("device", "cdrom0");
+                json.WriteString("filename", "/tmp/second.iso");
+            },
+            CancellationToken.None);
+        await client.ExecuteAsync(
+            "eject",
+            json =>
+            {
+                json.WriteString("device", "cdrom1");
+                json.WriteBoolean("force", true);
+            },
+            CancellationToken.None);
         await client.ExecuteAsync("system_reset", null, CancellationToken.None);
         await client.ExecuteAsync("screendump", json => json.WriteString("filename", "/tmp/x.png"), CancellationToken.None);
 
-        _machine.Calls.Should().Equal("pause", "unpause", "power", "memory 33554432", "reset", "screenshot /tmp/x.png");
+        _machine.Calls.Should().Equal("pause", "unpause", "power", "memory 33554432", "medium cdrom0 /tmp/second.iso False",
+            "medium cdrom1 - True", "reset", "screenshot /tmp/x.png");
         (await watcher.Events.ReadAsync()).Should().Be("STOP");
         (await watcher.Events.ReadAsync()).Should().Be("RESUME");
         (await watcher.Events.ReadAsync()).Should().Be("POWERDOWN");
