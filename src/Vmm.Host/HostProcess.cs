@@ -11,6 +11,8 @@ namespace Vmm.Host;
 /// <summary>This process and others: sessions, signals, and the rights that a process gives up. Any thread.</summary>
 public static class HostProcess
 {
+    private const string Passwords = "/etc/passwd";
+
     // The same numbers on all three systems.
     private const int SigKill = 9;
     private const int SigTerm = 15;
@@ -157,7 +159,7 @@ public static class HostProcess
     public static (uint User, uint Group) FindUser(string user)
     {
         ArgumentNullException.ThrowIfNull(user);
-        foreach (string line in File.ReadLines("/etc/passwd"))
+        foreach (string line in File.Exists(Passwords) ? File.ReadLines(Passwords) : [])
         {
             string[] fields = line.Split(':');
             if (fields.Length >= 4 && string.Equals(fields[0], user, StringComparison.Ordinal)
