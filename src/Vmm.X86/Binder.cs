@@ -27,7 +27,8 @@ internal static unsafe class Binder
         insn->AddressMask = Mask(insn->AddressSize);
         Operands(instruction, insn, key);
         insn->Handler = &Misc.Ud;
-        if ((!vcpu.IsOffered(instruction.Code) && !HasOlderMeaning(instruction.Mnemonic)) || (vcpu.RefusesComponents && XsaveUnit.MovesComponents(instruction.Code)))
+        bool isHidden = !vcpu.IsOffered(instruction.Code) && !HasOlderMeaning(instruction.Mnemonic);
+        if (isHidden || (vcpu.RefusesComponents && XsaveUnit.MovesComponents(instruction.Code)))
         {
             return true;
         }

@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: BSD-2-Clause
-using System;
 using System.IO;
 using FluentAssertions;
 using Xunit;

@@ -78,26 +78,17 @@ public sealed class PayloadTests : IDisposable
     public void Halt_WithInterruptsOff_EndsWith2() =>
         Run("soft", "user", new Payload.Recorder(), [0xFA, 0xF4]).Should().Be(2);
 
-    [Theory]
-    [InlineData("uuid")]
-    [InlineData("vmgenid")]
-    [InlineData("clock")]
-    [InlineData("nics")]
-    [InlineData("input")]
-    public void KeyWithoutAPart_IsRefusedByName(string key)
+    [Fact]
+    public void KeyWithoutAPart_IsRefusedByName()
     {
-        MachineSpec spec = Payload.Spec(_directory, [0xF4]) with { Accel = ["soft"] };
-        spec = key switch
+        MachineSpec spec = Payload.Spec(_directory, [0xF4]) with
         {
-            "uuid" => spec with { Uuid = Guid.Empty },
-            "vmgenid" => spec with { VmGenId = true },
-            "clock" => spec with { Clock = new ClockSpec { Source = ClockSource.Icount } },
-            "nics" => spec with { Nics = [new NicSpec { Model = NicModel.Rtl8139 }] },
-            _ => spec with { Input = [InputDevice.UsbTablet] },
+            Accel = ["soft"],
+            Clock = new ClockSpec { Source = ClockSource.Icount },
         };
         var log = new StringWriter();
         MachineRunner.Run(spec, new RunOptions { ReportDriver = false }, log).Should().Be(MachineRunner.StatusConfig);
-        log.ToString().Should().StartWith($"vmctl: payload: {key}:").And.Contain("not supported yet");
+        log.ToString().Should().StartWith("vmctl: payload: clock:").And.Contain("not supported yet");
     }
 
     private int Run(string driver, string irqchip, Payload.Recorder output, byte[] code)

@@ -7,8 +7,8 @@ namespace Vmm.X86;
 // exist that the translator itself needs (checks, spills, jumps); guest instructions that pass through are re-encoded
 // by Iced. EmitterTests decodes every form with Iced again.
 //
-// Room is not checked here: a unit of code (a guest instruction, a stub) is started only with enough room for the
-// longest one (CodeCache.UnitBytes).
+// SAFETY: room is not checked here: a unit of code (a guest instruction, a stub) is started only with enough room for the
+// longest one (CodeCache.UnitBytes), and every store goes to At or to a jump that this emitter wrote before.
 
 /// <summary>Host registers by their number in encodings, and what the translator uses them for.</summary>
 internal static class Host

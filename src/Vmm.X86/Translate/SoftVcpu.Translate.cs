@@ -101,6 +101,8 @@ public sealed unsafe partial class SoftVcpu
                 failure.Throw();
             }
 
+            // SAFETY: generated code puts only offsets here that the translator wrote into it, of records in the arena; when
+            // the arena is emptied, all generated code goes with it. The same holds for every ExitInfo in this file.
             *insn = (Insn*)(cpu->Blocks.Arena + (cpu->ExitInfo >> 8));
             cpu->InstructionCount++;
             return (Status)(cpu->ExitInfo & 0xFF);

@@ -162,6 +162,7 @@ internal sealed unsafe partial class Translator
         _e.AluImmediate(AluOp.And, Host.T0, -4096);
         _e.Store(HostMemory.Context(Offsets.CodeBase), Host.T0);
         _e.JumpMemory(new HostMemory(Host.None, Host.T1, 3, CpuContext.BranchTargetsOffset, isContext: true));
+        // SAFETY: a distance inside the arena, as in EmitHandlerCall.
         int offset = record < 0 ? -1 : (int)((byte*)(_block->First + record) - _cpu->Blocks.Arena);
         int exit = _cache.AddExit(ExitKindOfCode.Indirect, _block, offset, null, false, undoRsp);
         _e.Land(hit);

@@ -267,6 +267,7 @@ internal sealed unsafe partial class Translator
             throw new InvalidOperationException($"translator: {instruction.Code} cannot be encoded");
         }
 
+        // SAFETY: the emitter copies Length bytes of this array while it is pinned.
         fixed (byte* bytes = _writer.Bytes)
         {
             _e.Bytes(bytes, _writer.Length);

@@ -445,6 +445,7 @@ internal sealed unsafe partial class Translator
     private void EmitHandlerCall(int index)
     {
         Insn* record = _block->First + index;
+        // SAFETY: records and blocks lie in the arena, which is smaller than 4 GiB: only their distance is used.
         _e.MoveImmediate(Host.T0, (uint)((byte*)record - _cpu->Blocks.Arena));
         _e.MoveImmediate(Host.T1, (uint)((byte*)_block - _cpu->Blocks.Arena));
         _e.Call(_cache.Stubs.Handler);
