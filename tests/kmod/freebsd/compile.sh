@@ -5,6 +5,9 @@
 # clang and lld against the FreeBSD kernel sources in SYS (the sys directory
 # of a source tree, 13.2 to 15), warnings as errors.  With KERNEL (kernel.full
 # of a build) also check that it has every symbol that kvm.ko wants.
+#
+# The quotes in $flags belong to a macro's value and reach the compiler as they stand.
+# shellcheck disable=SC2089,SC2090
 set -eu
 sys=$(cd "$1" && pwd)
 mkdir -p "$2"

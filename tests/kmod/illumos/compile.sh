@@ -4,6 +4,9 @@
 # compile.sh UTS OUT: compile and link the illumos module on Linux against the
 # kernel headers in UTS (usr/src/uts of a source tree), warnings as errors,
 # with gcc and clang, and hold its undefined symbols against symbols.txt.
+#
+# The quotes in $flags belong to a macro's value and reach the compiler as they stand.
+# shellcheck disable=SC2089,SC2090
 set -eu
 uts=$(cd "$1" && pwd)
 mkdir -p "$2"
