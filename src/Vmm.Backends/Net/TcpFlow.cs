@@ -56,6 +56,9 @@ internal sealed class TcpFlow : IDisposable
     private bool _finSent;
     private long _timeoutAt;
     private int _timeoutMs = FirstTimeoutMs;
+    private bool _recovering;
+    private uint _recoverTo;
+    private bool _retransmitDue;
     private int _retries;
 
     // Round-trip time (RFC 6298, Karn's rule): a guest on a busy host takes long to answer, and nothing is gained by
@@ -100,7 +103,7 @@ internal sealed class TcpFlow : IDisposable
 
     public bool IsClosed => _state == State.Closed;
 
-    public bool NeedsFlush => _ackPending || (_state == State.Established && (Unsent > 0 || (_hostEof && !_finSent)));
+    public bool NeedsFlush => _ackPending || (_state == State.Established && (_retransmitDue || Unsent > 0 || (_hostEof && !_finSent)));
 
     /// <summary>The guest opens a connection.</summary>
     public static TcpFlow? Open(UserNetwork network, in FlowKey key, IPEndPoint target, uint iss, ReadOnlySpan<byte> segment)
@@ -308,7 +311,7 @@ internal sealed class TcpFlow : IDisposable
                 }
                 else
                 {
-                    Retransmit();
+                    Recover();
                 }
 
                 break;
@@ -467,7 +470,7 @@ internal sealed class TcpFlow : IDisposable
             _sndWnd = window;
             if (duplicate && ++_duplicateAcks == 3)
             {
-                Retransmit();
+                Recover();
             }
 
             return;
@@ -493,6 +496,9 @@ internal sealed class TcpFlow : IDisposable
         _duplicateAcks = 0;
         _retries = 0;
         _timeoutMs = _roundTripMs;
+        _recovering = _recovering && InFlight > 0 && (int)(_recoverTo - ack) > 0;
+        _retransmitDue = _recovering;
+
         if (InFlight == 0)
         {
             Disarm();
@@ -704,6 +710,12 @@ internal sealed class TcpFlow : IDisposable
             return; // on the guest's own thread, or it has no buffers: the loop comes back here
         }
 
+        if (_retransmitDue)
+        {
+            _retransmitDue = false;
+            Retransmit();
+        }
+
         while (Unsent > 0)
         {
             int allowed = (int)Math.Min(int.MaxValue, Math.Max(0, (long)_sndWnd - InFlight));
@@ -731,6 +743,17 @@ internal sealed class TcpFlow : IDisposable
         {
             Arm();
         }
+    }
+
+    // Sends what is missing first, and from then on what each acknowledgement shows to be missing next, up to what has been
+    // sent so far (RFC 6582 §3.2). A card that takes only the beginning of a large frame loses many segments at once:
+    // without this each of them would wait for a timeout of its own.
+    private void Recover()
+    {
+        _recovering = true;
+        _recoverTo = _sndMax;
+        _retransmitDue = true; // on the guest's own thread nothing can be sent: Pump does it, here or on the loop
+        Pump();
     }
 
     private void Retransmit()

@@ -19,6 +19,7 @@ internal sealed class NetGuest : INetReceiver
     private readonly INetBackend _net;
     private volatile bool _closed;
     private int _loseEvery;
+    private volatile int _burst;
     private int _count;
     private long _takenBytes;
 
@@ -40,6 +41,12 @@ internal sealed class NetGuest : INetReceiver
 
     public int LargestFrame { get; private set; }
 
+    /// <summary>Loses that many of the large frames that come next.</summary>
+    public int LoseNext
+    {
+        set => _burst = value;
+    }
+
     /// <summary>Loses every nth frame, 0 for none.</summary>
     public int LoseEvery
     {
@@ -54,6 +61,12 @@ internal sealed class NetGuest : INetReceiver
         }
 
         LargestFrame = Math.Max(LargestFrame, frame.Length);
+        if (_burst > 0 && frame.Length > 1000)
+        {
+            _burst--;
+            return true;
+        }
+
         if (_loseEvery != 0 && ++_count % _loseEvery == 0)
         {
             return true;

@@ -159,6 +159,27 @@ public sealed class UserNetworkTests : IDisposable
     }
 
     [Fact]
+    public async Task Tcp_ManySegmentsLostAtOnce_AreNotWaitedForOneByOne()
+    {
+        // Each of 300 lost segments with a timeout of its own would take a minute and more.
+        NetGuest guest = MakeGuest();
+        using TcpListener host = Listen();
+        byte[] down = RandomBytes(600_000, 6);
+        Task<byte[]> server = ServeAsync(host, down);
+        var tcp = new GuestTcp(guest, s_gateway, PortOf(host), 4011) { Scale = 4, Window = 1 << 20 };
+        await Task.Run(() =>
+        {
+            guest.LoseNext = 300;
+            tcp.Connect();
+            tcp.WaitUntil(() => tcp.Received.Count == down.Length, 20_000);
+            tcp.Finish();
+            tcp.WaitUntil(() => tcp.PeerFinished);
+        });
+        await server;
+        ((List<byte>)tcp.Received).ToArray().AsSpan().SequenceEqual(down).Should().BeTrue();
+    }
+
+    [Fact]
     public async Task Tcp_ZeroWindow_IsProbedAndContinues()
     {
         NetGuest guest = MakeGuest();
