@@ -48,6 +48,7 @@ public static class DeviceCatalog
         new("I82077", DeviceBus.Board, "floppy controller", "Intel 82077AA, 290166"),
         new("Port92", DeviceBus.Board, "system control port A", "IBM PS/2 Hardware Interface Technical Reference"),
         new("FwCfg", DeviceBus.Board, "firmware configuration", "QEMU docs/specs/fw_cfg"),
+        new("VmGenId", DeviceBus.Board, "VM generation identifier", "Microsoft, Virtual Machine Generation ID, 2012"),
         new("FlashChip", DeviceBus.Board, "NOR flash", "Intel 28F128J3, 290667"),
         new("VirtioMmio", DeviceBus.Board, "virtio transport over MMIO", "VIRTIO 1.2 §4.2"),
         new("PciConfigPorts", DeviceBus.Board, "configuration mechanism 1 and reset port", "PCI 3.0 §3.2.2.3.2"),
@@ -58,6 +59,7 @@ public static class DeviceCatalog
         new("Ahci", DeviceBus.Pci, "SATA controller", "AHCI 1.3.1"),
         new("Nvme", DeviceBus.Pci, "NVMe controller", "NVMe 1.4"),
         new("E1000", DeviceBus.Pci, "network card", "Intel 82540EM, 317453"),
+        new("Rtl8139", DeviceBus.Pci, "network card", "Realtek RTL8139C(L) data sheet"),
         new("Vga", DeviceBus.Pci, "VGA with Bochs VBE", "IBM VGA/XGA Technical Reference"),
         new("Xhci", DeviceBus.Pci, "USB host controller", "xHCI 1.1"),
         new("I6300Esb", DeviceBus.Pci, "watchdog", "Intel 6300ESB, 300641"),
@@ -69,9 +71,11 @@ public static class DeviceCatalog
         new("VirtioBalloon", DeviceBus.Virtio, "memory balloon", "VIRTIO 1.2 §5.5"),
         new("VirtioBlock", DeviceBus.Virtio, "disk", "VIRTIO 1.2 §5.2"),
         new("VirtioConsole", DeviceBus.Virtio, "console", "VIRTIO 1.2 §5.3"),
+        new("VirtioGpu", DeviceBus.Virtio, "display, 2D", "VIRTIO 1.2 §5.7"),
         new("VirtioInput", DeviceBus.Virtio, "keyboard, mouse or tablet", "VIRTIO 1.2 §5.8"),
         new("VirtioNet", DeviceBus.Virtio, "network card", "VIRTIO 1.2 §5.1"),
         new("VirtioRng", DeviceBus.Virtio, "entropy source", "VIRTIO 1.2 §5.4"),
+        new("VirtioScsi", DeviceBus.Virtio, "SCSI host adapter", "VIRTIO 1.2 §5.6"),
         new("VirtioVsock", DeviceBus.Virtio, "host sockets", "VIRTIO 1.2 §5.10"),
     ];
 
