@@ -2,6 +2,7 @@
 using System;
 using System.Threading;
 using FluentAssertions;
+using Iced.Intel;
 using Vmm.Core;
 using Xunit;
 using static Iced.Intel.AssemblerRegisters;
@@ -83,6 +84,43 @@ public sealed class TranslatorTests
         vm.State.Gpr[14].Should().Be(0x200000);
         vm.Read64(0x1FFFF8).Should().Be(0x1FFFF8);
         vm.MarginsAreIntact.Should().BeTrue();
+    }
+
+    // Each form is met as "cannot be encoded" after its operand's check, spills and flags have been emitted.
+    [Theory]
+    [InlineData(Code.Add_r64_rm64)]
+    [InlineData(Code.Adc_rm64_imm8)]
+    [InlineData(Code.Div_rm64)]
+    [InlineData(Code.Imul_r64_rm64_imm8)]
+    public void Instruction_ThatCannotBeEncoded_GoesToItsHandler(Code code)
+    {
+        using var vm = new TestVm();
+        vm.Cpu.Translator!.Unencodable = code;
+        vm.EnterLong();
+        vm.Write64(0x20000, 7);
+        vm.Write64(0x20008, 3);
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            var loop = a.CreateLabel();
+            a.mov(r13, 0L);
+            a.mov(ecx, 100);
+            a.Label(ref loop);
+            a.add(r13, __qword_ptr[0x20000]);
+            a.cmp(ecx, 50);
+            a.adc(__qword_ptr[0x20010], 0);
+            a.imul(rax, r13, 3);
+            a.mov(edx, 0);
+            a.div(__qword_ptr[0x20008]);
+            a.mov(rbx, rax);
+            a.dec(ecx);
+            a.jne(loop);
+            a.hlt();
+        });
+        vm.Run().Should().Be(ExitKind.Halted);
+        vm.State.Gpr[13].Should().Be(700);
+        vm.State.Gpr[3].Should().Be(700);
+        vm.Read64(0x20010).Should().Be(49);
+        vm.Cpu.Translator.HandlerCodes[(int)code].Should().BePositive();
     }
 
     [Fact]

@@ -15,11 +15,7 @@ internal sealed unsafe partial class Translator
             case InsnKind.Pass:
             case InsnKind.Vector:
             case InsnKind.X87:
-                if (!TryPass(instruction))
-                {
-                    CallHandler();
-                }
-
+                OrHandler(Mark(), TryPass(instruction));
                 break;
             case InsnKind.Nop:
                 break;
@@ -40,7 +36,7 @@ internal sealed unsafe partial class Translator
                 break;
             case InsnKind.Div:
             case InsnKind.Idiv:
-                EmitDivide(instruction, _traits[_at].Kind == InsnKind.Idiv);
+                OrHandler(Mark(), TryDivide(instruction, _traits[_at].Kind == InsnKind.Idiv));
                 break;
             case InsnKind.Push:
                 EmitPush(instruction);
@@ -76,6 +72,24 @@ internal sealed unsafe partial class Translator
                 CallHandler();
                 break;
         }
+    }
+
+    // Where code, flags and slow paths stand, to come back to.
+    private EmitMark Mark() => new(_e.At, _slowCount, _inHost, _inImage);
+
+    // Takes back what an attempt has emitted that turned out not to be possible, and calls the handler.
+    private void OrHandler(in EmitMark mark, bool isDone)
+    {
+        if (isDone)
+        {
+            return;
+        }
+
+        _e.At = mark.At;
+        _slowCount = mark.SlowCount;
+        _inHost = mark.InHost;
+        _inImage = mark.InImage;
+        CallHandler();
     }
 
     // The interpreter's handler executes the instruction. Flags are everywhere afterwards.
@@ -145,7 +159,6 @@ internal sealed unsafe partial class Translator
             return false;
         }
 
-        // Names first, code later: whether the renamed form can be encoded must be known before anything is emitted.
         int first = memory >= 0 ? Host.T1 : Host.T0;
         int loads = 0;
         int stores = 0;
@@ -190,22 +203,11 @@ internal sealed unsafe partial class Translator
                 return false;
             }
 
-            // Trial with a stand-in operand: the length does not matter, only whether it encodes.
-            SetMemory(ref instruction, new HostMemory(Host.T0, Host.T1, 0, 0));
-            if (!TryEncode(instruction))
-            {
-                return false;
-            }
-
             FreeFlags();
             HostMemory operand = Check(
                 original, size, (access & 2) != 0, isVector ? traits.Alignment : locks ? size : 1,
                 compact: restores || spilled0 >= 0);
             SetMemory(ref instruction, operand);
-        }
-        else if (!TryEncode(instruction))
-        {
-            return false;
         }
 
         if (touches)
@@ -223,7 +225,11 @@ internal sealed unsafe partial class Translator
             _e.Load(Host.T1, Slot(spilled1));
         }
 
-        Encode(instruction);
+        if (!Encode(instruction))
+        {
+            return false;
+        }
+
         if ((stores & 1) != 0)
         {
             _e.Store(Slot(spilled0), first);
@@ -253,18 +259,13 @@ internal sealed unsafe partial class Translator
         instruction.SegmentPrefix = Register.None;
     }
 
-    private bool TryEncode(in Instruction instruction)
+    // Emits a guest instruction with other operands; false, with nothing emitted, for a form that Iced cannot encode.
+    private bool Encode(in Instruction instruction)
     {
         _writer.Length = 0;
-        return _encoder.TryEncode(instruction, 0, out _, out _);
-    }
-
-    private void Encode(in Instruction instruction)
-    {
-        // The trial before said that it can be encoded.
-        if (!TryEncode(instruction))
+        if (instruction.Code == Unencodable || !_encoder.TryEncode(instruction, 0, out _, out _))
         {
-            throw new InvalidOperationException($"translator: {instruction.Code} cannot be encoded");
+            return false;
         }
 
         // SAFETY: the emitter copies Length bytes of this array while it is pinned.
@@ -272,6 +273,8 @@ internal sealed unsafe partial class Translator
         {
             _e.Bytes(bytes, _writer.Length);
         }
+
+        return true;
     }
 
     private void EmitLea(in Instruction instruction)
@@ -312,15 +315,14 @@ internal sealed unsafe partial class Translator
     }
 
     // DIV and IDIV, after a check that the quotient fits; what does not pass it raises #DE in the handler.
-    private void EmitDivide(in Instruction original, bool isSigned)
+    private bool TryDivide(in Instruction original, bool isSigned)
     {
         Instruction instruction = original;
         bool isMemory = original.Op0Kind == OpKind.Memory;
         int size = isMemory ? original.MemorySize.GetSize() : original.Op0Register.GetSize();
         if (size < 4 || (isMemory && !IsAddressable(original)))
         {
-            CallHandler();
-            return;
+            return false;
         }
 
         FreeFlags();
@@ -399,8 +401,13 @@ internal sealed unsafe partial class Translator
             SlowJump(_e.JumpIf(HostCondition.BelowOrEqual));
         }
 
-        Encode(instruction);
+        if (!Encode(instruction))
+        {
+            return false;
+        }
+
         WroteFlags();
+        return true;
     }
 
     private void EmitPush(in Instruction instruction)

@@ -81,6 +81,9 @@ internal sealed unsafe partial class Translator
     /// <summary>Guest instructions that go to handlers, by Iced code; for statistics.</summary>
     public int[] HandlerCodes { get; } = new int[8192];
 
+    /// <summary>For tests: a code that is treated as if Iced could not encode it. INVALID for none.</summary>
+    public Code Unencodable { get; set; }
+
     /// <summary>Translates a block and enters it into the cache.</summary>
     /// <returns>False when the arena is full: everything must be dropped first.</returns>
     public bool Translate(CpuContext* cpu, Block* block)
@@ -488,6 +491,17 @@ internal sealed unsafe partial class Translator
             _e.MoveImmediate(Host.T0, (uint)exit);
             _e.Jump(i == 0 ? _cache.Stubs.ExitHostFlags : _cache.Stubs.ExitFlagImage);
         }
+    }
+
+    /// <summary>A state of the emission to come back to.</summary>
+    private readonly record struct EmitMark(nint Code, int SlowCount, bool InHost, bool InImage)
+    {
+        public EmitMark(byte* at, int slowCount, bool inHost, bool inImage)
+            : this((nint)at, slowCount, inHost, inImage)
+        {
+        }
+
+        public byte* At => (byte*)Code;
     }
 
     /// <summary>A jump to a slow path.</summary>
