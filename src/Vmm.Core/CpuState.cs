@@ -64,6 +64,12 @@ public sealed class CpuState
     /// <summary>Bytes of a standard-format XSAVE area up to AVX-512 and PKRU (SDM 1 13.4): KVM_GET_XSAVE's size.</summary>
     public const int XsaveAreaBytes = 4096;
 
+    /// <summary>
+    /// Offset of PKRU in <see cref="Xsave"/>, whatever the host's is: the place of processors with MPX and AVX-512
+    /// (SDM 1 13.4.3; CPUID leaf 0DH subleaf 9 tells).
+    /// </summary>
+    public const int PkruOffset = 2688;
+
     /// <summary>RAX, RCX, RDX, RBX, RSP, RBP, RSI, RDI, R8 to R15: the encoding's order.</summary>
     public ulong[] Gpr { get; } = new ulong[16];
 

@@ -26,9 +26,6 @@ internal sealed unsafe class VcpuStateAccess
     private const int MxcsrOffset = 24;
     private const int XstateBvOffset = 512;
 
-    // Where CpuState keeps PKRU: Intel's place. Processors without MPX and AVX-512 have it elsewhere (SDM 1 13.4.3: CPUID
-    // leaf 0DH tells), and KVM_GET_XSAVE's area is laid out as the host's.
-    private const int PkruOffset = 2688;
     private const int PkruBytes = 8;
 
     private readonly SafeHandle _vcpu;
@@ -37,6 +34,8 @@ internal sealed unsafe class VcpuStateAccess
     private readonly List<uint> _msrs;
     private readonly bool _isUserIrqchip;
     private readonly bool _canUseRunPage;
+
+    // KVM_GET_XSAVE's area is laid out as the host's: processors without MPX and AVX-512 keep PKRU elsewhere than CpuState.
     private readonly int _hostPkruOffset;
     private readonly byte[] _lastXsave = new byte[CpuState.XsaveAreaBytes];
     private byte[] _msrBuffer = [];
@@ -46,7 +45,7 @@ internal sealed unsafe class VcpuStateAccess
         SafeHandle vcpu, kvm_run* run, KvmCapabilities has, IReadOnlyList<uint> msrs, bool isUserIrqchip, int hostPkruOffset)
     {
         bool isInside = hostPkruOffset >= XstateBvOffset && hostPkruOffset <= CpuState.XsaveAreaBytes - PkruBytes;
-        _hostPkruOffset = isInside ? hostPkruOffset : PkruOffset;
+        _hostPkruOffset = isInside ? hostPkruOffset : CpuState.PkruOffset;
         _vcpu = vcpu;
         _run = run;
         _has = has;
@@ -443,7 +442,7 @@ internal sealed unsafe class VcpuStateAccess
                 KvmCall.Require(_vcpu, KvmAbi.KVM_GET_XSAVE, (nint)area, "KVM_GET_XSAVE");
             }
 
-            state.Xsave.AsSpan(_hostPkruOffset, PkruBytes).CopyTo(state.Xsave.AsSpan(PkruOffset));
+            state.Xsave.AsSpan(_hostPkruOffset, PkruBytes).CopyTo(state.Xsave.AsSpan(CpuState.PkruOffset));
 
             return;
         }
@@ -468,7 +467,7 @@ internal sealed unsafe class VcpuStateAccess
     {
         if (_has.Xsave)
         {
-            state.Xsave.AsSpan(PkruOffset, PkruBytes).CopyTo(state.Xsave.AsSpan(_hostPkruOffset));
+            state.Xsave.AsSpan(CpuState.PkruOffset, PkruBytes).CopyTo(state.Xsave.AsSpan(_hostPkruOffset));
 
             // SAFETY: as above.
             fixed (byte* area = state.Xsave)

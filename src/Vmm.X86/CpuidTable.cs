@@ -96,7 +96,7 @@ internal static class CpuidTable
 
         bool avx = (c1 & Bits(28)) != 0;
         uint xcr0 = avx ? 0x207U : 0x203;
-        const uint size = SoftVcpu.PkruOffset + 8;
+        const uint size = CpuState.PkruOffset + 8;
         AddIndexed(leaves, 0xD, 0, xcr0, size, size, 0);
         AddIndexed(leaves, 0xD, 1, 0x7, 0, 0, 0);                    // XSAVEOPT XSAVEC XGETBV(1)
         if (avx)
@@ -104,7 +104,7 @@ internal static class CpuidTable
             AddIndexed(leaves, 0xD, 2, 256, XsaveState.AvxOffset, 0, 0);
         }
 
-        AddIndexed(leaves, 0xD, 9, 8, SoftVcpu.PkruOffset, 0, 0);
+        AddIndexed(leaves, 0xD, 9, 8, CpuState.PkruOffset, 0, 0);
 
         Add(leaves, 0x80000000, 0x80000021, b, c, d);
         uint c81 = Bits(0, 4, 5, 8);                                 // LAHF CR8_LEGACY ABM(LZCNT) 3DNOWPREFETCH

@@ -101,7 +101,7 @@ public sealed unsafe partial class SoftVcpu
             if (index == 0)
             {
                 size = (cpu->Xcr0 & XsaveState.Avx) != 0 ? 832 : size;
-                size = (cpu->Xcr0 & XsaveState.Pkru) != 0 ? (uint)PkruOffset + 8 : size;
+                size = (cpu->Xcr0 & XsaveState.Pkru) != 0 ? CpuState.PkruOffset + 8U : size;
             }
             else
             {

@@ -9,9 +9,6 @@ namespace Vmm.X86;
 // calls initial are written out, so that running code never asks.
 public sealed unsafe partial class SoftVcpu
 {
-    /// <summary>Offset of PKRU in the standard-format area (SDM 1 13.4.3 with CPUID leaf 0xD, subleaf 9).</summary>
-    internal const int PkruOffset = 2688;
-
     private const ulong PkruComponent = 1UL << 9;
 
     /// <inheritdoc/>
@@ -53,7 +50,7 @@ public sealed unsafe partial class SoftVcpu
         state.Debug[4] = cpu->Dr6;
         state.Debug[5] = cpu->Dr7;
         new ReadOnlySpan<byte>(cpu->Xsave, CpuState.XsaveAreaBytes).CopyTo(state.Xsave);
-        BitConverter.TryWriteBytes(state.Xsave.AsSpan(PkruOffset), cpu->Pkru);
+        BitConverter.TryWriteBytes(state.Xsave.AsSpan(CpuState.PkruOffset), cpu->Pkru);
         BitConverter.TryWriteBytes(state.Xsave.AsSpan(512), XsaveState.InUse(cpu) | (cpu->Pkru != 0 ? PkruComponent : 0));
         state.Xsave.AsSpan(520, 56).Clear();
         state.Msrs.Clear();
@@ -119,7 +116,7 @@ public sealed unsafe partial class SoftVcpu
         cpu->Dr7 = state.Debug[5];
         state.Xsave.CopyTo(new Span<byte>(cpu->Xsave, CpuState.XsaveAreaBytes));
         ulong present = cpu->XstateBv;
-        cpu->Pkru = (present & PkruComponent) != 0 ? BitConverter.ToUInt32(state.Xsave, PkruOffset) : 0;
+        cpu->Pkru = (present & PkruComponent) != 0 ? BitConverter.ToUInt32(state.Xsave, CpuState.PkruOffset) : 0;
         XsaveState.Normalise(cpu, present);
         foreach ((uint index, ulong value) in state.Msrs)
         {

@@ -23,7 +23,6 @@ internal static class XsaveLayout
     public const int XcompBv = 520;
     public const int HeaderEnd = 576;
     public const int YmmHigh = 576;
-    public const int Pkru = 2688;
 
     public const ulong X87Bit = 1;
     public const ulong SseBit = 2;

@@ -2,6 +2,7 @@
 using System;
 using System.Runtime.CompilerServices;
 using Iced.Intel;
+using Vmm.Core;
 
 namespace Vmm.X86;
 
@@ -19,7 +20,7 @@ internal static unsafe class XsaveUnit
     public const uint MxcsrMask = 0xFFFF;
 
     private const ulong Compacted = 1UL << 63;
-    private const int AreaBytes = XsaveLayout.Pkru + 64;
+    private const int AreaBytes = CpuState.PkruOffset + 64;
 
     /// <summary>Binds, or answers false.</summary>
     public static bool Bind(in Instruction instruction, Insn* insn)
@@ -188,7 +189,7 @@ internal static unsafe class XsaveUnit
         ulong components = Requested(cpu) & cpu->Xcr0;
         ulong inUse = InUse(cpu, components);
         ulong saved = optimise ? components & inUse : components;
-        int length = (saved & XsaveLayout.PkruBit) != 0 ? XsaveLayout.Pkru + 8
+        int length = (saved & XsaveLayout.PkruBit) != 0 ? CpuState.PkruOffset + 8
             : (saved & XsaveLayout.AvxBit) != 0 ? XsaveLayout.YmmHigh + 256 : XsaveLayout.HeaderEnd;
         byte* image = stackalloc byte[XsaveLayout.Xmm];
         if (!Mem.ProbeWrite(cpu, linear, length) ||
@@ -224,7 +225,7 @@ internal static unsafe class XsaveUnit
 
         if ((saved & XsaveLayout.PkruBit) != 0)
         {
-            done = done && Mem.Write(cpu, linear + XsaveLayout.Pkru, (ulong)cpu->Pkru);
+            done = done && Mem.Write(cpu, linear + CpuState.PkruOffset, (ulong)cpu->Pkru);
         }
 
         done = done && Mem.Write(cpu, linear + XsaveLayout.XstateBv, (old & ~components) | (inUse & components));
@@ -307,7 +308,7 @@ internal static unsafe class XsaveUnit
         ulong loaded = components & present;
         ulong where = isCompacted ? format : XsaveLayout.AvxBit | XsaveLayout.PkruBit;
         int avxAt = XsaveLayout.YmmHigh;
-        int pkruAt = !isCompacted ? XsaveLayout.Pkru
+        int pkruAt = !isCompacted ? CpuState.PkruOffset
             : XsaveLayout.HeaderEnd + ((where & XsaveLayout.AvxBit) != 0 ? 256 : 0);
         int length = (loaded & XsaveLayout.PkruBit) != 0 ? pkruAt + 8
             : (loaded & XsaveLayout.AvxBit) != 0 ? avxAt + 256 : XsaveLayout.HeaderEnd;
