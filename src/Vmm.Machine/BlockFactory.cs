@@ -14,8 +14,11 @@ namespace Vmm.Machine;
 public static class BlockFactory
 {
     /// <summary>Opens a disk's image; null for an empty drive.</summary>
+    /// <param name="spec">The disk.</param>
+    /// <param name="name">Its name, for the worker's thread.</param>
+    /// <param name="findings">Receives what is wrong with its partition table or boot catalog; may be null.</param>
     /// <exception cref="BootException">It cannot be used.</exception>
-    public static IBlockBackend? Open(DiskSpec spec, string name)
+    public static IBlockBackend? Open(DiskSpec spec, string name, List<MediaFinding>? findings = null)
     {
         if (spec.Path is null)
         {
@@ -39,7 +42,9 @@ public static class BlockFactory
                 BytesPerSecond = spec.BytesPerSecond,
                 RequestsPerSecond = spec.RequestsPerSecond,
             };
-            return RingBlockBackend.Open(DiskImage.Open(spec.Path, isReadOnly, format), name, options);
+            BlockImage image = DiskImage.Open(spec.Path, isReadOnly, format);
+            findings?.AddRange(MediaInspector.Inspect(image));
+            return RingBlockBackend.Open(image, name, options);
         }
         catch (IOException e)
         {

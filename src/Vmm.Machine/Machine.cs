@@ -4,6 +4,7 @@ using System.IO;
 using System.Threading;
 using System;
 using Vmm.Config;
+using Vmm.Backends.Block;
 using Vmm.Core;
 using Vmm.Devices.Storage;
 using Vmm.Devices.Virtio;
@@ -47,6 +48,9 @@ public sealed class Machine : IVcpuOwner, IDisposable
 
     /// <summary>Guest memory.</summary>
     public GuestMemory Memory => _parts.Memory;
+
+    /// <summary>What was wrong with the disks' partition tables and boot catalogs when they were opened.</summary>
+    public IReadOnlyList<MediaFinding> Findings => _parts.Findings;
 
     /// <summary>The screen, or null when the machine has none.</summary>
     public IDisplaySurface? Display => _parts.Display;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
 using System.Collections.Generic;
+using Vmm.Backends.Block;
 using Vmm.Core;
 using Vmm.Devices.Firmware;
 using Vmm.Devices.Storage;
@@ -64,6 +65,9 @@ internal sealed class MachineParts
 
     /// <summary>RAM blocks and back ends; owned, disposed last.</summary>
     public List<IDisposable> Resources { get; } = [];
+
+    /// <summary>What is wrong with the disks' tables.</summary>
+    public List<MediaFinding> Findings { get; } = [];
 
     /// <summary>What devices add to the ACPI namespace.</summary>
     public List<IAcpiNode> AcpiNodes { get; } = [];

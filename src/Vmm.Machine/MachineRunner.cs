@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
 using System.IO;
+using Vmm.Backends.Block;
 using Vmm.Config;
 using Vmm.Core;
 using Vmm.Host;
@@ -64,6 +65,11 @@ public static class MachineRunner
             }
 
             using Machine machine = MachineBuilder.Build(spec, choice.Hypervisor, options.Stdio, options.LogFile);
+            foreach (MediaFinding finding in machine.Findings)
+            {
+                log.WriteLine($"vmctl: {spec.Name}: disks: {finding}; the guest starts all the same");
+            }
+
             using IDisposable? companion = options.OnBuilt?.Invoke(machine);
             MachineResult result = machine.Run();
             if (result.Message is not null)

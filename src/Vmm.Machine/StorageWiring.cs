@@ -127,7 +127,7 @@ internal sealed class StorageWiring
     {
         string name = string.Create(CultureInfo.InvariantCulture, $"disk{index}");
         string serial = spec.Serial ?? string.Create(CultureInfo.InvariantCulture, $"VMM{index:D8}");
-        IBlockBackend? backend = BlockFactory.Open(spec, name);
+        IBlockBackend? backend = BlockFactory.Open(spec, name, _parts.Findings);
         if (backend is not null)
         {
             _parts.Resources.Add(backend);

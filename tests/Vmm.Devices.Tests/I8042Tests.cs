@@ -199,6 +199,131 @@ public sealed class I8042Tests
         Drain().Should().BeEmpty();
     }
 
+    // "Scan code set 3": one code a key; break codes and repeats only where the key's type has them.
+    [Fact]
+    public void Set3_ByDefault_HasBreakCodesOfShiftsAndRepeatsOfLetters()
+    {
+        SelectSet3();
+        Data(0xF0);
+        Data(0x00);
+        Drain().Should().Equal(0xFA, 0xFA, 0x03);
+        Tap(HidKey.A).Should().Equal(0x1C);
+        Tap(HidKey.LeftShift).Should().Equal(0x12, 0xF0, 0x12);
+        Tap(HidKey.CapsLock).Should().Equal(0x14, 0xF0, 0x14);
+        Tap(HidKey.F1).Should().Equal(0x07);
+        Tap(HidKey.Delete).Should().Equal(0x64);
+        Tap(HidKey.Pause).Should().Equal(0x62);
+        Tap(HidKey.PrintScreen).Should().Equal(0x57);
+        Repeats(HidKey.A).Should().BePositive();
+        Repeats(HidKey.Delete).Should().BePositive();
+        Repeats(HidKey.F1).Should().Be(0, "make only");
+        Repeats(HidKey.RightControl).Should().Be(0, "make only");
+        Repeats(HidKey.LeftControl).Should().Be(0, "make and break");
+    }
+
+    [Theory]
+    [InlineData(0xF7, false, true)]
+    [InlineData(0xF8, true, false)]
+    [InlineData(0xF9, false, false)]
+    [InlineData(0xFA, true, true)]
+    public void Set3_AllKeysOfOneType_BehaveAsIt(byte command, bool breaks, bool repeats)
+    {
+        SelectSet3();
+        Data(command);
+        Drain().Should().Equal(0xFA);
+        foreach (HidKey key in new[] { HidKey.B, HidKey.RightShift, HidKey.F12, HidKey.Keypad5 })
+        {
+            Tap(key).Length.Should().Be(breaks ? 3 : 1, "{0}", key);
+            (Repeats(key) > 0).Should().Be(repeats, "{0}", key);
+        }
+
+        Data(0xF6);
+        Drain();
+        SelectSet3();
+        Tap(HidKey.B).Should().HaveCount(1, "defaults have come back");
+        Tap(HidKey.RightShift).Should().HaveCount(3);
+    }
+
+    [Fact]
+    public void Set3_ListOfKeys_ChangesThemUntilSomethingElseComes()
+    {
+        SelectSet3();
+        Data(0xFC);
+        Data(0x1C);
+        Data(0x32);
+        Drain().Should().Equal(0xFA, 0xFA, 0xFA);
+        Data(0x02);
+        Drain().Should().Equal(new byte[] { 0xFE }, "no key has this code");
+        Tap(HidKey.A).Should().Equal(0x1C, 0xF0, 0x1C);
+        Tap(HidKey.B).Should().Equal(0x32, 0xF0, 0x32);
+        Tap(HidKey.C).Should().Equal(0x21);
+        Data(0xFD);
+        Data(0x1C);
+        Drain().Should().Equal(0xFA, 0xFA);
+        Data(0xEE);
+        Drain().Should().Equal(0xEE);
+        Tap(HidKey.A).Should().Equal(0x1C);
+        Repeats(HidKey.A).Should().Be(0);
+        Data(0xFB);
+        Data(0x1C);
+        Drain();
+        Data(0xF4);
+        Drain();
+        Repeats(HidKey.A).Should().BePositive();
+    }
+
+    [Fact]
+    public void Set3_EveryKeyOfTheOldKeyboard_HasACodeOfItsOwn()
+    {
+        SelectSet3();
+        var seen = new HashSet<byte>();
+        for (HidKey key = HidKey.A; key <= HidKey.Application; key++)
+        {
+            byte[] bytes = Tap(key);
+            bytes.Should().NotBeEmpty("{0}", key);
+            seen.Add(bytes[0]).Should().BeTrue("{0}", key);
+        }
+
+        for (HidKey key = HidKey.LeftControl; key <= HidKey.RightGui; key++)
+        {
+            seen.Add(Tap(key)[0]).Should().BeTrue("{0}", key);
+        }
+
+        seen.Count.Should().Be(106);
+    }
+
+    private void SelectSet3()
+    {
+        Command(0x60);
+        Data(0x01);
+        Data(0xF0);
+        Data(0x03);
+        Drain().Should().Equal(0xFA, 0xFA);
+    }
+
+    private byte[] Tap(HidKey key)
+    {
+        _chip.Keyboard.Send(key, true);
+        _chip.Keyboard.Send(key, false);
+        return Drain();
+    }
+
+    private int Repeats(HidKey key)
+    {
+        _chip.Keyboard.Send(key, true);
+        Drain();
+        int repeats = 0;
+        for (int i = 0; i < 20; i++)
+        {
+            _clock.Advance(100_000_000);
+            repeats += Drain().Length;
+        }
+
+        _chip.Keyboard.Send(key, false);
+        Drain();
+        return repeats;
+    }
+
     [Fact]
     public void DisabledKeyboard_HoldsItsKeys()
     {
@@ -314,6 +439,9 @@ public sealed class I8042Tests
         Data(0xED);
         Data(0x04);
         _chip.Keyboard.Send(HidKey.Q, true);
+        Data(0xF0);
+        Data(0x03);
+        Data(0xFA);
         Command(0x60);
         var irq = new FakeIrqLine();
         var copy = new I8042(_clock, irq, new FakeIrqLine(), _system);

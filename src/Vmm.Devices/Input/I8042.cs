@@ -78,7 +78,7 @@ public sealed class I8042 : IDevice
     public string Id => "i8042";
 
     /// <inheritdoc/>
-    public int StateVersion => 1;
+    public int StateVersion => 2;
 
     /// <summary>One port for <see cref="DataPort"/>.</summary>
     public IRegisterWindow Data { get; }
@@ -191,7 +191,7 @@ public sealed class I8042 : IDevice
             _fromMouse = reader.ReadBoolean("fromMouse");
             _lastWasCommand = reader.ReadBoolean("lastWasCommand");
             _breakPrefix = reader.ReadBoolean("breakPrefix");
-            Keyboard.Load(reader);
+            Keyboard.Load(reader, version);
             Mouse.Load(reader);
             Drive();
         }

@@ -7,8 +7,8 @@ using Vmm.Core;
 namespace Vmm.Devices.Input;
 
 /// <summary>
-/// A PS/2 keyboard of 105 keys (PS/2 Hardware Interface Technical Reference, "Keyboards"): scan code sets 1 and 2,
-/// lights, and typematic repeat by guest time. Viewers' own repeats are ignored. It shares the controller's gate.
+/// A PS/2 keyboard of 105 keys (PS/2 Hardware Interface Technical Reference, "Keyboards"): scan code sets 1, 2 and
+/// 3, lights, and typematic repeat by guest time. Viewers' own repeats are ignored. It shares the controller's gate.
 /// </summary>
 public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
 {
@@ -22,6 +22,7 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
     private readonly IGuestTimer _repeat;
     private readonly Queue<byte> _queue = new();
     private readonly bool[] _pressed = new bool[256];
+    private readonly byte[] _types = new byte[ScanCodeSet3.Codes];
     private byte _pendingCommand;
     private byte _typematic;
     private byte _lastSent;
@@ -75,7 +76,7 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
             }
 
             Emit(key, pressed);
-            if (pressed && key != HidKey.Pause)
+            if (pressed && Repeats(key))
             {
                 _repeating = key;
                 Arm(DelayNs);
@@ -178,7 +179,15 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
                 Reply(Acknowledge);
                 break;
             case >= 0xF7 and <= 0xFA:
-                // Key types belong to set 3; accepted without effect.
+                // Accepted in every set, of consequence in set 3 alone.
+                _queue.Clear();
+                Array.Fill(_types, (byte)TypeOf(value - 0xF7));
+                Reply(Acknowledge);
+                break;
+            case >= 0xFB and <= 0xFD:
+                // Codes of keys follow until something else does.
+                _queue.Clear();
+                _pendingCommand = value;
                 Reply(Acknowledge);
                 break;
             case 0xFE:
@@ -214,9 +223,11 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
         writer.Write("kbd.set", (ulong)_set);
         writer.Write("kbd.scanning", _scanning);
         writer.Write("kbd.leds", (ulong)_leds);
+        writer.WriteBytes("kbd.types", _types);
     }
 
-    internal void Load(StateReader reader)
+    // Version 1 knew neither set 3 nor the types of its keys.
+    internal void Load(StateReader reader, int version)
     {
         ReadOnlySpan<byte> queue = reader.ReadBytes("kbd.queue");
         if (queue.Length > QueueBytes)
@@ -241,9 +252,40 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
         _typematic = reader.ReadByte("kbd.typematic");
         _lastSent = reader.ReadByte("kbd.lastSent");
         _repeating = (HidKey)reader.ReadByte("kbd.repeating");
-        _set = reader.ReadBounded("kbd.set", 2) == 1 ? 1 : 2;
+        _set = Math.Max(1, (int)reader.ReadBounded("kbd.set", version >= 2 ? 3u : 2u));
         _scanning = reader.ReadBoolean("kbd.scanning");
         _leds = (KeyboardLeds)reader.ReadBounded("kbd.leds", 7);
+        if (version < 2)
+        {
+            ScanCodeSet3.SetDefaults(_types);
+            return;
+        }
+
+        reader.ReadBytes("kbd.types", _types);
+        foreach (ref byte type in _types.AsSpan())
+        {
+            type &= 3;
+        }
+    }
+
+    // In the order of the commands 0xF7..0xFA and, for one key, 0xFB..0xFD.
+    private static KeyType TypeOf(int order) => order switch
+    {
+        0 => KeyType.Typematic,
+        1 => KeyType.MakeBreak,
+        2 => KeyType.Make,
+        _ => KeyType.TypematicMakeBreak,
+    };
+
+    private bool Repeats(HidKey key)
+    {
+        if (_set != 3)
+        {
+            return key != HidKey.Pause;
+        }
+
+        byte code = ScanCodeSet3.CodeOf(key);
+        return code != 0 && ((KeyType)_types[code] is KeyType.Typematic or KeyType.TypematicMakeBreak);
     }
 
     private void Argument(byte command, byte value)
@@ -259,13 +301,18 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
             case 0xF0 when value == 0:
                 Reply(Acknowledge, (byte)_set);
                 break;
-            case 0xF0 when value is 1 or 2:
+            case 0xF0 when value is >= 1 and <= 3:
                 _queue.Clear();
                 _set = value;
                 Reply(Acknowledge);
                 break;
             case 0xF3:
                 _typematic = (byte)(value & 0x7F);
+                Reply(Acknowledge);
+                break;
+            case >= 0xFB and <= 0xFD when ScanCodeSet3.IsKey(value):
+                _types[value] = (byte)TypeOf(command - 0xFB);
+                _pendingCommand = command;
                 Reply(Acknowledge);
                 break;
             default:
@@ -277,6 +324,7 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
     private void Defaults()
     {
         _set = 2;
+        ScanCodeSet3.SetDefaults(_types);
         _typematic = 0x2B;
         _repeating = HidKey.None;
         _repeat.Cancel();
@@ -304,7 +352,7 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
     private void Emit(HidKey key, bool pressed)
     {
         Span<byte> bytes = stackalloc byte[8];
-        int length = ScanCodes.Encode(key, pressed, _set, bytes);
+        int length = _set == 3 ? EncodeSet3(key, pressed, bytes) : ScanCodes.Encode(key, pressed, _set, bytes);
         if (_queue.Count + length > QueueBytes)
         {
             Interlocked.Increment(ref _dropped);
@@ -315,6 +363,30 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
         {
             _queue.Enqueue(bytes[i]);
         }
+    }
+
+    private int EncodeSet3(HidKey key, bool pressed, Span<byte> into)
+    {
+        byte code = ScanCodeSet3.CodeOf(key);
+        if (code == 0)
+        {
+            return 0;
+        }
+
+        if (pressed)
+        {
+            into[0] = code;
+            return 1;
+        }
+
+        if ((KeyType)_types[code] is KeyType.Typematic or KeyType.Make)
+        {
+            return 0;
+        }
+
+        into[0] = 0xF0;
+        into[1] = code;
+        return 2;
     }
 
     private void Arm(long afterNs)
