@@ -168,6 +168,13 @@ public interface IVm : IDisposable
     void SendMsi(ulong address, uint data);
 
     /// <summary>
+    /// The A20 gate: while it is closed, address line 20 is 0 in all that the processors put on the bus (AT Technical
+    /// Reference, "Keyboard controller, output port"). Any thread, vCPUs in a device too; open from the start. Drivers whose
+    /// guests run behind the processor's own paging cannot mask a line and leave it open.
+    /// </summary>
+    void SetA20(bool isOpen);
+
+    /// <summary>
     /// Registers an address whose writes signal <paramref name="eventFd"/> instead of reaching the address map.
     /// </summary>
     /// <returns>False when the driver has no such thing; the address map then gets the writes.</returns>

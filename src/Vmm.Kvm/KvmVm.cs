@@ -209,6 +209,11 @@ internal sealed unsafe class KvmVm : IVm
     }
 
     /// <inheritdoc/>
+    public void SetA20(bool isOpen)
+    {
+    }
+
+    /// <inheritdoc/>
     public bool TryAddDoorbell(ulong address, bool isPort, AccessWidth width, ulong? dataMatch, int eventFd) =>
         _system.Probed.IoEventFd && Doorbell(address, isPort, width, dataMatch, eventFd, 0);
 

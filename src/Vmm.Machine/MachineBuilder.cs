@@ -88,6 +88,7 @@ public sealed class MachineBuilder : IDisposable
             },
         };
         IVm vm = _hypervisor.CreateVm(options);
+        _system.Bind(vm);
         if (vm is Vmm.X86.SoftVm software)
         {
             // Devices that write over decoded code tell the software CPU.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System.Threading;
 using Vmm.Config;
+using Vmm.Core;
 using Vmm.Devices.Legacy;
 
 namespace Vmm.Machine;
@@ -12,9 +13,17 @@ namespace Vmm.Machine;
 internal sealed class SystemControl(WatchdogAction watchdog) : ISystemControl
 {
     private Machine? _machine;
+    private IVm? _vm;
+    private volatile bool _isA20Closed;
+
+    /// <inheritdoc/>
+    public bool IsA20Open => !_isA20Closed;
 
     /// <summary>Says whose requests these are.</summary>
     public void Bind(Machine machine) => _machine = machine;
+
+    /// <summary>Says whose address lines these are; before the first reset.</summary>
+    public void Bind(IVm vm) => _vm = vm;
 
     /// <inheritdoc/>
     public void Request(SystemRequest request, string source)
@@ -49,8 +58,9 @@ internal sealed class SystemControl(WatchdogAction watchdog) : ISystemControl
     public void Exit(int status) => _machine?.Stop(new MachineResult(StopReason.DebugExit, status & 0xFF, null));
 
     /// <inheritdoc/>
-    public void SetA20(bool enabled)
+    public void SetA20(bool isOpen)
     {
-        // Address line 20 is always on: nothing since the 80286 needs it off, and no hypervisor can mask it.
+        _isA20Closed = !isOpen;
+        _vm?.SetA20(isOpen);
     }
 }

@@ -11,6 +11,9 @@ namespace Vmm.X86;
 // The walker is the only source of translations. It reads entries from guest memory, checks, and sets accessed and dirty
 // bits by compare-exchange on the entry that it read; when another processor changed the entry in between, the walk
 // starts again. Non-leaf accessed bits are set as the walk passes; the leaf's only when the access is permitted.
+//
+// Every physical address leaves through VmShared.BusMask, the addresses of page-table entries too: the A20 gate masks the
+// processor's bus, not a mode of it.
 
 /// <summary>Outcome of a successful walk.</summary>
 internal struct Translation
@@ -87,7 +90,7 @@ internal static unsafe class Paging
         {
             translation = new Translation
             {
-                Physical = linear & 0xFFFFFFFF,
+                Physical = linear & 0xFFFFFFFF & cpu->Shared->BusMask,
                 PageShift = 12,
                 MayRead = true,
                 MayWrite = true,
@@ -125,6 +128,7 @@ internal static unsafe class Paging
 
         if (error == 0)
         {
+            translation.Physical &= cpu->Shared->BusMask;
             return true;
         }
 
@@ -406,7 +410,7 @@ internal static unsafe class Paging
 
         ulong* loaded = stackalloc ulong[4];
         // SAFETY: four words on the stack are the 32 bytes asked for.
-        ReadPhysical(cpu, cr3 & 0xFFFFFFE0, (byte*)loaded, 32);
+        ReadPhysical(cpu, cr3 & 0xFFFFFFE0 & cpu->Shared->BusMask, (byte*)loaded, 32);
         ulong reserved = ~cpu->PhysicalMask & ~0xFFFUL;
         reserved |= 0x1E6;
         for (int i = 0; i < 4; i++)
@@ -641,7 +645,7 @@ internal static unsafe class Paging
 
         while (true)
         {
-            ulong at = table + (((linear >> shift) & 0x1FF) * 8);
+            ulong at = (table + (((linear >> shift) & 0x1FF) * 8)) & cpu->Shared->BusMask;
             ulong entry = ReadEntry(cpu, at, out byte* host);
             if ((entry & Present) == 0)
             {
@@ -691,7 +695,7 @@ internal static unsafe class Paging
         CpuContext* cpu, ulong linear, Access access, MmuMode mode, out Translation translation, ref bool again)
     {
         translation = default;
-        ulong at = (cpu->Cr3 & 0xFFFFF000) + (((linear >> 22) & 0x3FF) * 4);
+        ulong at = ((cpu->Cr3 & 0xFFFFF000) + (((linear >> 22) & 0x3FF) * 4)) & cpu->Shared->BusMask;
         uint entry = ReadEntry32(cpu, at, out byte* host);
         if ((entry & Present) == 0)
         {
@@ -720,7 +724,7 @@ internal static unsafe class Paging
             return NotPresent;
         }
 
-        at = (entry & 0xFFFFF000) + (((linear >> 12) & 0x3FF) * 4);
+        at = ((entry & 0xFFFFF000) + (((linear >> 12) & 0x3FF) * 4)) & cpu->Shared->BusMask;
         entry = ReadEntry32(cpu, at, out host);
         if ((entry & Present) == 0)
         {

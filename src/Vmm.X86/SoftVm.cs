@@ -31,6 +31,7 @@ public sealed unsafe class SoftVm : IVm
         TscKhz = tscKhz;
         // SAFETY: these live until Dispose, which stops after the vCPUs, their only users.
         Shared = (VmShared*)NativeMemory.AllocZeroed((nuint)sizeof(VmShared));
+        Shared->BusMask = ulong.MaxValue;
         Shared->CompareExchange16 = thunks is null ? 0 : thunks.AddRoutine(Wide.Routine);
         Shared->Code = (CodeInfo*)NativeMemory.AllocZeroed((nuint)sizeof(CodeInfo), VmShared.CodeEntries);
         Shared->Slots = (SlotTable*)NativeMemory.AllocZeroed((nuint)sizeof(SlotTable));
@@ -189,6 +190,22 @@ public sealed unsafe class SoftVm : IVm
     /// <inheritdoc/>
     public void SendMsi(ulong address, uint data)
     {
+    }
+
+    /// <inheritdoc/>
+    public void SetA20(bool isOpen)
+    {
+        ulong mask = isOpen ? ulong.MaxValue : ~(1UL << 20);
+        lock (_gate)
+        {
+            if (_disposed || Interlocked.Exchange(ref Shared->BusMask, mask) == mask)
+            {
+                return;
+            }
+        }
+
+        // Cached translations hold addresses behind the mask.
+        Quiesce();
     }
 
     /// <inheritdoc/>

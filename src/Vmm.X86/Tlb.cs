@@ -97,6 +97,9 @@ internal unsafe struct VmShared
     public SlotTable* Slots;
     public CodeInfo* Code;
 
+    /// <summary>Address lines that are driven: all, or all but line 20 while the A20 gate is closed.</summary>
+    public ulong BusMask;
+
     /// <summary>Taken by locked accesses that no host atomic covers.</summary>
     public int SplitLock;
 

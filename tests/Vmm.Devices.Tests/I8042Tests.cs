@@ -422,9 +422,18 @@ public sealed class I8042Tests
     {
         Command(0xD1);
         Data(0x01);
-        _system.A20.Should().BeFalse();
+        _system.IsA20Open.Should().BeFalse();
         Command(0xDF);
-        _system.A20.Should().BeTrue();
+        _system.IsA20Open.Should().BeTrue();
+
+        // Port 0x92 drives the same line: the output port shows it, and a command that changes no bit here still counts.
+        _system.SetA20(false);
+        Command(0xD0);
+        Data().Should().Be(0x01);
+        Command(0xDF);
+        _system.IsA20Open.Should().BeTrue();
+        Command(0xD0);
+        Data().Should().Be(0x03);
         Command(0xFE);
         _system.Requests.Should().Equal((SystemRequest.ProcessorReset, "i8042"));
         Command(0xD1);

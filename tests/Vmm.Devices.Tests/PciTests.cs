@@ -67,13 +67,13 @@ public sealed class FakeSystem : ISystemControl
 
     public int? ExitStatus { get; private set; }
 
-    public bool? A20 { get; private set; }
+    public bool IsA20Open { get; private set; } = true;
 
     public void Request(SystemRequest request, string source) => Requests.Add((request, source));
 
     public void Exit(int status) => ExitStatus = status;
 
-    public void SetA20(bool enabled) => A20 = enabled;
+    public void SetA20(bool isOpen) => IsA20Open = isOpen;
 }
 
 /// <summary>Plain storage behind a window.</summary>

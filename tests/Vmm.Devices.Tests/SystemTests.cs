@@ -154,7 +154,14 @@ public sealed class SystemTests
         port92.Reset();
         port92.Read(0, AccessWidth.Byte).Should().Be(2);
         port92.Write(0, AccessWidth.Byte, 0);
-        system.A20.Should().BeFalse();
+        system.IsA20Open.Should().BeFalse();
+
+        // What the keyboard controller did shows here, too.
+        system.SetA20(true);
+        port92.Read(0, AccessWidth.Byte).Should().Be(2);
+        port92.Write(0, AccessWidth.Byte, 0);
+        port92.Reset();
+        system.IsA20Open.Should().BeTrue();
         port92.Write(0, AccessWidth.Byte, 1);
         system.Requests.Should().Equal((SystemRequest.ProcessorReset, "port 0x92"));
         var post = new PostPort();

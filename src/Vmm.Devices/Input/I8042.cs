@@ -51,6 +51,7 @@ public sealed class I8042 : IDevice
     private byte _command;
     private byte _pendingCommand;
     private byte _outputPort;
+    private bool _movedA20;
     private byte _buffer;
     private bool _full;
     private bool _fromMouse;
@@ -301,7 +302,7 @@ public sealed class I8042 : IDevice
                 Answer(0x80);
                 break;
             case 0xD0:
-                Answer((byte)((_outputPort & 0x03) | (_full && !_fromMouse ? 0x10 : 0) | (_full && _fromMouse ? 0x20 : 0)));
+                Answer((byte)((_outputPort & 0x01) | (_system.IsA20Open ? 2 : 0) | (_full && !_fromMouse ? 0x10 : 0) | (_full && _fromMouse ? 0x20 : 0)));
                 break;
             case 0xDD:
                 SetOutputPort((byte)(_outputPort & ~2));
@@ -322,7 +323,11 @@ public sealed class I8042 : IDevice
         return reset;
     }
 
-    private void SetOutputPort(byte value) => _outputPort = value;
+    private void SetOutputPort(byte value)
+    {
+        _outputPort = value;
+        _movedA20 = true;
+    }
 
     private void Answer(byte value, bool isMouse = false)
     {
@@ -406,11 +411,10 @@ public sealed class I8042 : IDevice
         public void Write(uint offset, AccessWidth width, ulong value)
         {
             bool reset = false;
-            byte before;
             byte after;
+            bool movedA20;
             lock (_owner._gate)
             {
-                before = _owner._outputPort;
                 if (_isCommand)
                 {
                     reset = _owner.WriteCommand((byte)value);
@@ -421,6 +425,8 @@ public sealed class I8042 : IDevice
                 }
 
                 after = _owner._outputPort;
+                movedA20 = _owner._movedA20;
+                _owner._movedA20 = false;
                 if ((after & 1) == 0)
                 {
                     reset = true;
@@ -428,7 +434,7 @@ public sealed class I8042 : IDevice
                 }
             }
 
-            if (((before ^ after) & 2) != 0)
+            if (movedA20)
             {
                 _owner._system.SetA20((after & 2) != 0);
             }

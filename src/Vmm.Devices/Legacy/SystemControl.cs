@@ -47,6 +47,12 @@ public interface ISystemControl
     /// <param name="status">(value &lt;&lt; 1) | 1, at most 255 after truncation by the caller.</param>
     void Exit(int status);
 
-    /// <summary>The A20 gate; most machines ignore it and keep the line open.</summary>
-    void SetA20(bool enabled);
+    /// <summary>
+    /// The A20 gate. Port 0x92 and the keyboard controller drive the same line: who wrote last decides, and both show what it
+    /// is, so that a guest may open by one what it closed by the other.
+    /// </summary>
+    void SetA20(bool isOpen);
+
+    /// <summary>Whether the gate is open, which it is after a reset. May be asked under a chip's gate.</summary>
+    bool IsA20Open { get; }
 }

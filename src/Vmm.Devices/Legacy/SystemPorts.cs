@@ -17,7 +17,7 @@ public sealed class Port92 : IDevice, IRegisterWindow
     public const ushort Port = 0x92;
 
     private readonly ISystemControl _system;
-    private volatile byte _value;
+    private volatile byte _reset;
 
     /// <summary>Makes the port.</summary>
     public Port92(ISystemControl system) => _system = system;
@@ -32,7 +32,11 @@ public sealed class Port92 : IDevice, IRegisterWindow
     public uint Length => 1;
 
     /// <inheritdoc/>
-    public void Reset() => _value = 0x02;
+    public void Reset()
+    {
+        _reset = 0;
+        _system.SetA20(true);
+    }
 
     /// <inheritdoc/>
     public void Pause()
@@ -45,10 +49,14 @@ public sealed class Port92 : IDevice, IRegisterWindow
     }
 
     /// <inheritdoc/>
-    public void Save(StateWriter writer) => writer.Write("value", (ulong)_value);
+    public void Save(StateWriter writer) => writer.Write("value", Value);
 
     /// <inheritdoc/>
-    public void Load(StateReader reader, int version) => _value = (byte)(reader.ReadByte("value") & 0x02);
+    public void Load(StateReader reader, int version)
+    {
+        _reset = 0;
+        _system.SetA20((reader.ReadByte("value") & 2) != 0);
+    }
 
     /// <inheritdoc/>
     public void Dispose()
@@ -56,19 +64,17 @@ public sealed class Port92 : IDevice, IRegisterWindow
     }
 
     /// <inheritdoc/>
-    public ulong Read(uint offset, AccessWidth width) => _value;
+    public ulong Read(uint offset, AccessWidth width) => Value;
+
+    private ulong Value => _reset | (_system.IsA20Open ? 2UL : 0);
 
     /// <inheritdoc/>
     public void Write(uint offset, AccessWidth width, ulong value)
     {
-        byte old = _value;
-        _value = (byte)(value & 0x03);
-        if (((old ^ _value) & 2) != 0)
-        {
-            _system.SetA20((value & 2) != 0);
-        }
-
-        if ((value & 1) != 0 && (old & 1) == 0)
+        byte old = _reset;
+        _reset = (byte)(value & 1);
+        _system.SetA20((value & 2) != 0);
+        if ((value & 1) != 0 && old == 0)
         {
             _system.Request(SystemRequest.ProcessorReset, "port 0x92");
         }
