@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
-using System.Globalization;
 using System.IO;
 using System.Runtime.InteropServices;
 using System.Threading;
 using Microsoft.Win32.SafeHandles;
 using Vmm.Core;
+using Vmm.Host.Native;
 
 namespace Vmm.Host;
 
@@ -30,28 +30,19 @@ namespace Vmm.Host;
 // and never throws; opening throws IOException with a message that names the file.
 
 /// <summary>A host file or block device that holds a disk image.</summary>
-public sealed partial class BlockFile : IDisposable
+public sealed unsafe class BlockFile : IDisposable
 {
     private const int MaxVector = 64;
-    private const int Eintr = 4;
-    private const int Einval = 22;
-    private const int Enospc = 28;
-    private const int Eopnotsupp = 95; // Linux
-    private const int ReadNoWait = 8; // RWF_NOWAIT
-    private const int SeekEnd = 2;
     private const long QemuWriteByte = 101;
     private const long QemuResizeByte = 103;
-
-    private static readonly string[] s_illumosNames = ["illumos", "solaris"];
-    private static readonly Abi s_abi = Abi.Detect();
 
     private readonly SafeFileHandle _handle;
     private long _ioErrors;
     private int _lastErrno;
     private volatile bool _syncFailed;
-    private bool _canReadCached = OperatingSystem.IsLinux();
+    private bool _canReadCached = OsAbi.Current.System == HostSystem.Linux;
     private bool _canPunch = true;
-    private bool _canZeroRange = true;
+    private bool _canZeroRange = OsAbi.Current.System == HostSystem.Linux;
 
     private BlockFile(string path, SafeFileHandle handle, bool isReadOnly, bool isDevice)
     {
@@ -87,11 +78,15 @@ public sealed partial class BlockFile : IDisposable
     {
         get
         {
-            long end = lseek(_handle, 0, SeekEnd);
-            if (end <= 0 && IsDevice && OperatingSystem.IsFreeBSD())
+            using var held = new HeldHandle(_handle);
+            long end = LibC.lseek(held.Fd, 0, LibC.SeekEnd);
+            if (end <= 0 && IsDevice && OsAbi.Current.System == HostSystem.FreeBsd)
             {
                 // DIOCGMEDIASIZE, sys/disk.h: a disk is a character device there, on which lseek reports 0.
-                return ioctl(_handle, 0x40086481, out long size) == 0 ? size : 0;
+                long size = 0;
+
+                // SAFETY: the request writes one off_t, which lives on this stack during the call.
+                return LibC.ioctl(held.Fd, 0x40086481, (nint)(&size)) == 0 ? size : 0;
             }
 
             return Math.Max(end, 0);
@@ -106,7 +101,8 @@ public sealed partial class BlockFile : IDisposable
 
     /// <summary>Makes a new, empty file that must not exist yet, open for writing, mode 0600.</summary>
     /// <exception cref="IOException">It exists or cannot be made.</exception>
-    public static BlockFile Create(string path) => OpenCore(path, readOnly: false, s_abi.Create | s_abi.Exclusive);
+    public static BlockFile Create(string path) =>
+        OpenCore(path, readOnly: false, OsAbi.Current.OpenCreate | OsAbi.Current.OpenExclusive);
 
     /// <summary>
     /// Takes the lock described at the top of this file: against everybody when open for writing, else against writers.
@@ -115,65 +111,42 @@ public sealed partial class BlockFile : IDisposable
     /// <exception cref="IOException">Somebody else uses the file in a conflicting way.</exception>
     public void Lock()
     {
-        if (s_abi.UseFlock)
+        FileLockAbi locks = OsAbi.Current.FileLocks;
+        Errno error = !IsReadOnly || locks.SetLock == 0
+            ? FileIo.TryLock(_handle, exclusive: !IsReadOnly)
+            : LockForReading();
+
+        // Any other error: a file system without locks (some FUSE and 9p mounts). There is nobody to arbitrate, go on.
+        if (error == Errno.EAGAIN)
         {
-            if (flock(_handle, (IsReadOnly ? 1 : 2) | 4) != 0)
-            {
-                throw InUse();
-            }
-
-            return;
-        }
-
-        bool isTaken = IsReadOnly
-            ? s_abi.SetLock(_handle, exclusive: false, 0, 100) == 0
-                && s_abi.SetLock(_handle, exclusive: false, QemuWriteByte + 100, 1) == 0
-                && s_abi.SetLock(_handle, exclusive: false, QemuResizeByte + 100, 1) == 0
-            : s_abi.SetLock(_handle, exclusive: true, 0, 0) == 0;
-        if (!isTaken)
-        {
-            int errno = Marshal.GetLastPInvokeError();
-            if (errno is 11 or 13)
-            {
-                throw InUse();
-            }
-
-            // A file system without locks (some FUSE and 9p mounts): there is nobody to arbitrate, go on.
-            return;
-        }
-
-        if (IsReadOnly && (s_abi.IsLockedByOther(_handle, QemuWriteByte)
-            || s_abi.IsLockedByOther(_handle, QemuResizeByte)))
-        {
-            throw InUse();
+            throw new IOException($"{Path}: is in use by another program (it holds a lock on the image)");
         }
     }
 
     /// <summary>Reads; bytes past the end of the file read as zeroes.</summary>
     public BlockStatus Read(long offset, Span<byte> into)
     {
-        int done = 0;
-        while (done < into.Length)
+        using var held = new HeldHandle(_handle);
+
+        // SAFETY: the buffer is pinned for the calls, which get what is left of it.
+        fixed (byte* buffer = into)
         {
-            nint got = pread(_handle, ref into[done], (nuint)(into.Length - done), offset + done);
-            if (got < 0)
+            for (int done = 0; done < into.Length;)
             {
-                int errno = Marshal.GetLastPInvokeError();
-                if (errno == Eintr)
+                nint got = LibC.pread(held.Fd, buffer + done, (nuint)(into.Length - done), offset + done);
+                if (got == 0)
                 {
-                    continue;
+                    into[done..].Clear();
+                    break;
                 }
 
-                return Failed(errno);
-            }
+                if (got < 0 && !FileIo.LastIsInterrupted())
+                {
+                    return Failed();
+                }
 
-            if (got == 0)
-            {
-                into[done..].Clear();
-                break;
+                done += (int)Math.Max(got, 0);
             }
-
-            done += (int)got;
         }
 
         return BlockStatus.Ok;
@@ -182,27 +155,26 @@ public sealed partial class BlockFile : IDisposable
     /// <summary>Writes.</summary>
     public BlockStatus Write(long offset, ReadOnlySpan<byte> from)
     {
-        int done = 0;
-        while (done < from.Length)
+        using var held = new HeldHandle(_handle);
+
+        // SAFETY: the buffer is pinned for the calls, which get what is left of it.
+        fixed (byte* buffer = from)
         {
-            nint put = pwrite(_handle, in from[done], (nuint)(from.Length - done), offset + done);
-            if (put < 0)
+            for (int done = 0; done < from.Length;)
             {
-                int errno = Marshal.GetLastPInvokeError();
-                if (errno == Eintr)
+                nint put = LibC.pwrite(held.Fd, buffer + done, (nuint)(from.Length - done), offset + done);
+                if (put == 0)
                 {
-                    continue;
+                    return Failed(LibC.NoSpace);
                 }
 
-                return Failed(errno);
-            }
+                if (put < 0 && !FileIo.LastIsInterrupted())
+                {
+                    return Failed();
+                }
 
-            if (put == 0)
-            {
-                return Failed(Enospc);
+                done += (int)Math.Max(put, 0);
             }
-
-            done += (int)put;
         }
 
         return BlockStatus.Ok;
@@ -216,30 +188,24 @@ public sealed partial class BlockFile : IDisposable
             return Read(offset, into.Span);
         }
 
-        Span<IoBuffer.Iovec> vector = stackalloc IoBuffer.Iovec[MaxVector];
-        long done = 0;
-        while (done < into.Length)
+        using var held = new HeldHandle(_handle);
+        LibC.IoVector* vector = stackalloc LibC.IoVector[MaxVector];
+        for (long done = 0; done < into.Length;)
         {
-            int count = into.Describe(done, vector, out _);
-            nint got = preadv(_handle, ref vector[0], count, offset + done);
-            if (got < 0)
-            {
-                int errno = Marshal.GetLastPInvokeError();
-                if (errno == Eintr)
-                {
-                    continue;
-                }
-
-                return Failed(errno);
-            }
-
+            int count = into.Describe(done, new Span<LibC.IoVector>(vector, MaxVector), out _);
+            nint got = LibC.preadv(held.Fd, vector, count, offset + done);
             if (got == 0)
             {
                 into.Slice(done, into.Length - done).Clear();
                 break;
             }
 
-            done += got;
+            if (got < 0 && !FileIo.LastIsInterrupted())
+            {
+                return Failed();
+            }
+
+            done += Math.Max(got, 0);
         }
 
         return BlockStatus.Ok;
@@ -253,29 +219,23 @@ public sealed partial class BlockFile : IDisposable
             return Write(offset, (ReadOnlySpan<byte>)from.Span);
         }
 
-        Span<IoBuffer.Iovec> vector = stackalloc IoBuffer.Iovec[MaxVector];
-        long done = 0;
-        while (done < from.Length)
+        using var held = new HeldHandle(_handle);
+        LibC.IoVector* vector = stackalloc LibC.IoVector[MaxVector];
+        for (long done = 0; done < from.Length;)
         {
-            int count = from.Describe(done, vector, out _);
-            nint put = pwritev(_handle, ref vector[0], count, offset + done);
-            if (put < 0)
-            {
-                int errno = Marshal.GetLastPInvokeError();
-                if (errno == Eintr)
-                {
-                    continue;
-                }
-
-                return Failed(errno);
-            }
-
+            int count = from.Describe(done, new Span<LibC.IoVector>(vector, MaxVector), out _);
+            nint put = LibC.pwritev(held.Fd, vector, count, offset + done);
             if (put == 0)
             {
-                return Failed(Enospc);
+                return Failed(LibC.NoSpace);
             }
 
-            done += put;
+            if (put < 0 && !FileIo.LastIsInterrupted())
+            {
+                return Failed();
+            }
+
+            done += Math.Max(put, 0);
         }
 
         return BlockStatus.Ok;
@@ -290,15 +250,16 @@ public sealed partial class BlockFile : IDisposable
             return false;
         }
 
-        Span<IoBuffer.Iovec> vector = stackalloc IoBuffer.Iovec[MaxVector];
-        int count = into.Describe(0, vector, out long covered);
+        LibC.IoVector* vector = stackalloc LibC.IoVector[MaxVector];
+        int count = into.Describe(0, new Span<LibC.IoVector>(vector, MaxVector), out long covered);
         if (covered != into.Length)
         {
             return false;
         }
 
-        nint got = preadv2(_handle, ref vector[0], count, offset, ReadNoWait);
-        if (got < 0 && Marshal.GetLastPInvokeError() is Eopnotsupp or Einval)
+        using var held = new HeldHandle(_handle);
+        nint got = LibC.preadv2(held.Fd, vector, count, offset, LibC.ReadNoWait);
+        if (got < 0 && FileIo.Last() is Errno.EOPNOTSUPP or Errno.EINVAL)
         {
             _canReadCached = false; // a file system without it
         }
@@ -316,8 +277,8 @@ public sealed partial class BlockFile : IDisposable
         return Failed(errno);
     }
 
-    /// <summary>An <see cref="IoUring"/> result that means "again" (EINTR, EAGAIN on Linux).</summary>
-    public static bool IsTransient(int result) => result is -Eintr or -11;
+    /// <summary>An <see cref="IoUring"/> result that means "again".</summary>
+    public static bool IsTransient(int result) => OsAbi.Current.ToErrno(-result) is Errno.EINTR or Errno.EAGAIN;
 
     /// <summary>
     /// Everything written before is on stable storage afterwards (fdatasync: data and what is needed to find it). An
@@ -331,13 +292,13 @@ public sealed partial class BlockFile : IDisposable
             return BlockStatus.IoError;
         }
 
-        while (fdatasync(_handle) != 0)
+        using var held = new HeldHandle(_handle);
+        while (LibC.fdatasync(held.Fd) != 0)
         {
-            int errno = Marshal.GetLastPInvokeError();
-            if (errno != Eintr)
+            if (!FileIo.LastIsInterrupted())
             {
                 _syncFailed = true;
-                return Failed(errno);
+                return Failed();
             }
         }
 
@@ -347,12 +308,12 @@ public sealed partial class BlockFile : IDisposable
     /// <summary>Sets the length of a file; new bytes read as zeroes.</summary>
     public BlockStatus Truncate(long length)
     {
-        while (ftruncate(_handle, length) != 0)
+        using var held = new HeldHandle(_handle);
+        while (LibC.ftruncate(held.Fd, length) != 0)
         {
-            int errno = Marshal.GetLastPInvokeError();
-            if (errno != Eintr)
+            if (!FileIo.LastIsInterrupted())
             {
-                return Failed(errno);
+                return Failed();
             }
         }
 
@@ -363,11 +324,11 @@ public sealed partial class BlockFile : IDisposable
     /// <returns>Refused when the file system cannot.</returns>
     public BlockStatus Reserve(long offset, long length)
     {
-        int errno = posix_fallocate(_handle, offset, length);
-        return errno switch
+        using var held = new HeldHandle(_handle);
+        return OsAbi.Current.ToErrno(LibC.posix_fallocate(held.Fd, offset, length)) switch
         {
-            0 => BlockStatus.Ok,
-            Enospc => BlockStatus.NoSpace,
+            Errno.None => BlockStatus.Ok,
+            Errno.ENOSPC => BlockStatus.NoSpace,
             _ => BlockStatus.Refused,
         };
     }
@@ -381,7 +342,8 @@ public sealed partial class BlockFile : IDisposable
             return length == 0;
         }
 
-        _canPunch = s_abi.PunchHole(_handle, offset, length);
+        using var held = new HeldHandle(_handle);
+        _canPunch = PunchHole(held.Fd, offset, length);
         return _canPunch;
     }
 
@@ -389,13 +351,13 @@ public sealed partial class BlockFile : IDisposable
     /// <returns>False when the host has no call for that; nothing changed then.</returns>
     public bool TryZeroRange(long offset, long length)
     {
-        if (!_canZeroRange || !OperatingSystem.IsLinux() || length <= 0)
+        if (!_canZeroRange || length <= 0)
         {
             return length == 0;
         }
 
-        // FALLOC_FL_KEEP_SIZE | FALLOC_FL_ZERO_RANGE
-        _canZeroRange = fallocate(_handle, 0x01 | 0x10, offset, length) == 0;
+        using var held = new HeldHandle(_handle);
+        _canZeroRange = LibC.fallocate(held.Fd, LibC.FallocZeroRange | LibC.FallocKeepSize, offset, length) == 0;
         return _canZeroRange;
     }
 
@@ -410,239 +372,105 @@ public sealed partial class BlockFile : IDisposable
             throw new IOException("a path cannot contain a NUL character");
         }
 
+        OsAbi abi = OsAbi.Current;
         int fd;
         do
         {
             // O_NONBLOCK keeps a FIFO from blocking here; it means nothing to files and disks.
-            fd = open(path, (readOnly ? 0 : 2) | s_abi.CloseOnExec | s_abi.NonBlocking | extra, 0x180);
+            fd = LibC.open(path, (readOnly ? 0 : 2) | abi.OpenCloseOnExec | abi.OpenNonBlocking | extra, 0x180);
         }
-        while (fd < 0 && Marshal.GetLastPInvokeError() == Eintr);
+        while (fd < 0 && FileIo.LastIsInterrupted());
 
         if (fd < 0)
         {
-            string reason = Marshal.GetPInvokeErrorMessage(Marshal.GetLastPInvokeError());
-            throw new IOException(string.Create(CultureInfo.InvariantCulture, $"{path}: {reason}"));
+            throw new IOException($"{path}: {Marshal.GetLastPInvokeErrorMessage()}");
         }
 
         var handle = new SafeFileHandle(fd, ownsHandle: true);
-        bool isDevice = false;
-        if ((File.GetAttributes(handle) & FileAttributes.Directory) != 0)
+        string? refusal = (File.GetAttributes(handle) & FileAttributes.Directory) != 0 ? "is a directory"
+            : LibC.lseek(fd, 0, LibC.SeekEnd) < 0 ? "is neither a file nor a disk"
+            : null;
+        if (refusal is not null)
         {
             handle.Dispose();
-            throw new IOException($"{path}: is a directory");
+            throw new IOException($"{path}: {refusal}");
         }
 
-        if (lseek(handle, 0, SeekEnd) < 0)
-        {
-            handle.Dispose();
-            throw new IOException($"{path}: is neither a file nor a disk");
-        }
-
-        isDevice = File.ResolveLinkTarget(path, returnFinalTarget: true)?.FullName
+        bool isDevice = File.ResolveLinkTarget(path, returnFinalTarget: true)?.FullName
             .StartsWith("/dev", StringComparison.Ordinal) ?? path.StartsWith("/dev/", StringComparison.Ordinal);
         isDevice = isDevice && !path.StartsWith("/dev/shm/", StringComparison.Ordinal);
         return new BlockFile(path, handle, readOnly, isDevice);
     }
+
+    private static bool PunchHole(int fd, long offset, long length)
+    {
+        switch (OsAbi.Current.System)
+        {
+            case HostSystem.Linux:
+                return LibC.fallocate(fd, LibC.FallocPunchHole | LibC.FallocKeepSize, offset, length) == 0;
+
+            case HostSystem.Illumos:
+                LibC.FileLock freed = default;
+                freed.Start = offset;
+                freed.Length = length;
+
+                // SAFETY: the structure lives on this stack during the call.
+                return LibC.fcntl(fd, LibC.FreeSpaceIllumos, (nint)(&freed)) == 0;
+
+            default:
+                try
+                {
+                    var range = new LibC.SpaceRange { Offset = offset, Length = length };
+                    LibC.SpaceRange rest;
+
+                    // SAFETY: both structures live on this stack during the call.
+                    return LibC.fspacectl(fd, LibC.SpaceDeallocate, &range, 0, &rest) == 0;
+                }
+                catch (EntryPointNotFoundException)
+                {
+                    return false; // FreeBSD before 14
+                }
+        }
+    }
+
+    // EAGAIN when a writer, ours or QEMU's, is in the way.
+    private Errno LockForReading()
+    {
+        Span<(long Start, long Length)> ours = [(0, 100), (QemuWriteByte + 100, 1), (QemuResizeByte + 100, 1)];
+        foreach ((long start, long length) in ours)
+        {
+            Errno error = FileIo.TryLock(_handle, exclusive: false, start, length);
+            if (error != Errno.None)
+            {
+                return error;
+            }
+        }
+
+        return IsLockedByQemu(QemuWriteByte) || IsLockedByQemu(QemuResizeByte) ? Errno.EAGAIN : Errno.None;
+    }
+
+    private bool IsLockedByQemu(long at)
+    {
+        FileLockAbi locks = OsAbi.Current.FileLocks;
+        LibC.FileLock probe = default;
+        probe.Type = locks.WriteLock;
+        probe.Start = at;
+        probe.Length = 1;
+        using var held = new HeldHandle(_handle);
+
+        // Our own kind locks from byte 0 on, so a lock that starts elsewhere is QEMU's.
+        // SAFETY: the structure lives on this stack during the call.
+        return LibC.fcntl(held.Fd, locks.GetLock, (nint)(&probe)) == 0 && probe.Type != locks.Unlock && probe.Start != 0;
+    }
+
+    private BlockStatus Failed() => Failed(Marshal.GetLastPInvokeError());
 
     private BlockStatus Failed(int errno)
     {
         _lastErrno = errno;
         Interlocked.Increment(ref _ioErrors);
 
-        // ENOSPC is 28 everywhere; EDQUOT (122 Linux, 69 FreeBSD, 49 illumos) means the same to a guest.
-        return errno is Enospc || errno == s_abi.Edquot ? BlockStatus.NoSpace : BlockStatus.IoError;
-    }
-
-    private IOException InUse() =>
-        new($"{Path}: is in use by another program (it holds a lock on the image)");
-
-    [LibraryImport("libc", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
-    private static partial int open(string path, int flags, int mode);
-
-    [LibraryImport("libc", SetLastError = true)]
-    private static partial nint pread(SafeFileHandle fd, ref byte buffer, nuint count, long offset);
-
-    [LibraryImport("libc", SetLastError = true)]
-    private static partial nint pwrite(SafeFileHandle fd, in byte buffer, nuint count, long offset);
-
-    [LibraryImport("libc", SetLastError = true)]
-    private static partial nint preadv(SafeFileHandle fd, ref IoBuffer.Iovec vector, int count, long offset);
-
-    [LibraryImport("libc", SetLastError = true)]
-    private static partial nint preadv2(SafeFileHandle fd, ref IoBuffer.Iovec vector, int count, long offset, int flags);
-
-    [LibraryImport("libc", SetLastError = true)]
-    private static partial nint pwritev(SafeFileHandle fd, ref IoBuffer.Iovec vector, int count, long offset);
-
-    [LibraryImport("libc", SetLastError = true)]
-    private static partial int fdatasync(SafeFileHandle fd);
-
-    [LibraryImport("libc", SetLastError = true)]
-    private static partial int ftruncate(SafeFileHandle fd, long length);
-
-    [LibraryImport("libc", SetLastError = true)]
-    private static partial long lseek(SafeFileHandle fd, long offset, int whence);
-
-    [LibraryImport("libc")]
-    private static partial int posix_fallocate(SafeFileHandle fd, long offset, long length);
-
-    [LibraryImport("libc", SetLastError = true)]
-    private static partial int fallocate(SafeFileHandle fd, int mode, long offset, long length);
-
-    [LibraryImport("libc", SetLastError = true)]
-    private static partial int flock(SafeFileHandle fd, int operation);
-
-    [LibraryImport("libc", SetLastError = true, EntryPoint = "fcntl")]
-    private static partial int fcntl(SafeFileHandle fd, int command, ref FlockLinux argument);
-
-    [LibraryImport("libc", SetLastError = true, EntryPoint = "fcntl")]
-    private static partial int fcntl(SafeFileHandle fd, int command, ref FlockIllumos argument);
-
-    [LibraryImport("libc", SetLastError = true)]
-    private static partial int ioctl(SafeFileHandle fd, ulong request, out long value);
-
-    [LibraryImport("libc", SetLastError = true)]
-    private static partial int fspacectl(
-        SafeFileHandle fd, int command, in SpaceRange range, int flags, out SpaceRange rest);
-
-    /// <summary>What differs between the three hosts; numbers from their headers.</summary>
-    private sealed class Abi
-    {
-        public int CloseOnExec { get; private init; }
-
-        public int NonBlocking { get; private init; }
-
-        public int Create { get; private init; }
-
-        public int Exclusive { get; private init; }
-
-        public int Edquot { get; private init; }
-
-        public bool UseFlock { get; private init; }
-
-        private bool IsIllumos { get; init; }
-
-        public static Abi Detect()
-        {
-            if (OperatingSystem.IsFreeBSD())
-            {
-                return new Abi
-                {
-                    CloseOnExec = 0x100000,
-                    NonBlocking = 0x4,
-                    Create = 0x200,
-                    Exclusive = 0x800,
-                    Edquot = 69,
-                    UseFlock = true,
-                };
-            }
-
-            if (Array.Exists(s_illumosNames, OperatingSystem.IsOSPlatform))
-            {
-                return new Abi
-                {
-                    CloseOnExec = 0x800000,
-                    NonBlocking = 0x80,
-                    Create = 0x100,
-                    Exclusive = 0x400,
-                    Edquot = 49,
-                    IsIllumos = true,
-                };
-            }
-
-            return new Abi
-            {
-                CloseOnExec = 0x80000,
-                NonBlocking = 0x800,
-                Create = 0x40,
-                Exclusive = 0x80,
-                Edquot = 122,
-            };
-        }
-
-        public int SetLock(SafeFileHandle handle, bool exclusive, long start, long length)
-        {
-            if (IsIllumos)
-            {
-                // F_OFD_SETLK 48, F_RDLCK 1, F_WRLCK 2
-                var wanted = new FlockIllumos { Type = (short)(exclusive ? 2 : 1), Start = start, Length = length };
-                return fcntl(handle, 48, ref wanted);
-            }
-
-            // F_OFD_SETLK 37, F_RDLCK 0, F_WRLCK 1
-            var flock = new FlockLinux { Type = (short)(exclusive ? 1 : 0), Start = start, Length = length };
-            return fcntl(handle, 37, ref flock);
-        }
-
-        public bool IsLockedByOther(SafeFileHandle handle, long at)
-        {
-            if (IsIllumos)
-            {
-                return false;
-            }
-
-            // F_OFD_GETLK 36 with F_WRLCK: F_UNLCK (2) comes back when nothing is in the way. Our own
-            // kind locks from byte 0 on, so a lock that starts elsewhere is QEMU's.
-            var probe = new FlockLinux { Type = 1, Start = at, Length = 1 };
-            return fcntl(handle, 36, ref probe) == 0 && probe.Type != 2 && probe.Start != 0;
-        }
-
-        public bool PunchHole(SafeFileHandle handle, long offset, long length)
-        {
-            if (OperatingSystem.IsLinux())
-            {
-                // FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
-                return fallocate(handle, 0x01 | 0x02, offset, length) == 0;
-            }
-
-            if (IsIllumos)
-            {
-                // F_FREESP 11: frees the range of a regular file.
-                var range = new FlockIllumos { Start = offset, Length = length };
-                return fcntl(handle, 11, ref range) == 0;
-            }
-
-            try
-            {
-                // SPACECTL_DEALLOC 1, FreeBSD 14.
-                return fspacectl(handle, 1, new SpaceRange { Offset = offset, Length = length }, 0, out _) == 0;
-            }
-            catch (EntryPointNotFoundException)
-            {
-                return false;
-            }
-        }
-    }
-
-    [StructLayout(LayoutKind.Sequential)]
-    private struct FlockLinux
-    {
-        public short Type;
-        public short Whence;
-        public long Start;
-        public long Length;
-        public int Pid;
-    }
-
-    [StructLayout(LayoutKind.Sequential)]
-    private struct FlockIllumos
-    {
-        public short Type;
-        public short Whence;
-        public long Start;
-        public long Length;
-        public int SystemId;
-        public int Pid;
-        public long Pad0;
-        public long Pad1;
-        public long Pad2;
-        public long Pad3;
-    }
-
-    [StructLayout(LayoutKind.Sequential)]
-    private struct SpaceRange
-    {
-        public long Offset;
-        public long Length;
+        // A quota that is used up means the same to a guest as a full disk.
+        return OsAbi.Current.ToErrno(errno) is Errno.ENOSPC or Errno.EDQUOT ? BlockStatus.NoSpace : BlockStatus.IoError;
     }
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
 using Vmm.Core;
+using Vmm.Host.Native;
 
 namespace Vmm.Host;
 
@@ -96,7 +97,7 @@ public readonly struct IoBuffer
         }
 
         long at = 0;
-        foreach (Iovec piece in Pieces())
+        foreach (LibC.IoVector piece in Pieces())
         {
             CopyIn(piece, from.Slice((int)at, (int)piece.Length));
             at += (long)piece.Length;
@@ -118,7 +119,7 @@ public readonly struct IoBuffer
         }
 
         long at = 0;
-        foreach (Iovec piece in Pieces())
+        foreach (LibC.IoVector piece in Pieces())
         {
             CopyOut(piece, into.Slice((int)at, (int)piece.Length));
             at += (long)piece.Length;
@@ -134,7 +135,7 @@ public readonly struct IoBuffer
             return;
         }
 
-        foreach (Iovec piece in Pieces())
+        foreach (LibC.IoVector piece in Pieces())
         {
             ClearPiece(piece);
         }
@@ -142,7 +143,7 @@ public readonly struct IoBuffer
 
     /// <summary>Describes the bytes from <paramref name="at"/> on as an I/O vector.</summary>
     /// <returns>How many elements were filled; <paramref name="covered"/> says how many bytes they describe.</returns>
-    internal int Describe(long at, Span<Iovec> vector, out long covered)
+    internal int Describe(long at, Span<LibC.IoVector> vector, out long covered)
     {
         covered = 0;
         int used = 0;
@@ -163,7 +164,7 @@ public readonly struct IoBuffer
             }
 
             long take = Math.Min(slice.LengthBytes - skip, left);
-            vector[used++] = new Iovec { Base = slice.HostAddress + (nint)skip, Length = (nuint)take };
+            vector[used++] = new LibC.IoVector { Base = slice.HostAddress + (nint)skip, Length = (nuint)take };
             covered += take;
             left -= take;
             skip = 0;
@@ -172,34 +173,28 @@ public readonly struct IoBuffer
         return used;
     }
 
-    private Iovec[] Pieces()
+    private LibC.IoVector[] Pieces()
     {
-        var vector = new Iovec[_count];
+        var vector = new LibC.IoVector[_count];
         int used = Describe(0, vector, out _);
         return used == _count ? vector : vector[..used];
     }
 
-    private static unsafe void CopyIn(in Iovec piece, ReadOnlySpan<byte> from)
+    private static unsafe void CopyIn(in LibC.IoVector piece, ReadOnlySpan<byte> from)
     {
         // SAFETY: a GuestSlice names mapped RAM of exactly its length, which outlives every request (IDmaPort).
         from.CopyTo(new Span<byte>((void*)piece.Base, (int)piece.Length));
     }
 
-    private static unsafe void CopyOut(in Iovec piece, Span<byte> into)
+    private static unsafe void CopyOut(in LibC.IoVector piece, Span<byte> into)
     {
         // SAFETY: a GuestSlice names mapped RAM of exactly its length, which outlives every request (IDmaPort).
         new ReadOnlySpan<byte>((void*)piece.Base, (int)piece.Length).CopyTo(into);
     }
 
-    private static unsafe void ClearPiece(in Iovec piece)
+    private static unsafe void ClearPiece(in LibC.IoVector piece)
     {
         // SAFETY: a GuestSlice names mapped RAM of exactly its length, which outlives every request (IDmaPort).
         new Span<byte>((void*)piece.Base, (int)piece.Length).Clear();
-    }
-
-    internal struct Iovec
-    {
-        public nint Base;
-        public nuint Length;
     }
 }

@@ -3,6 +3,7 @@ using System;
 using System.Runtime.InteropServices;
 using System.Threading;
 using Microsoft.Win32.SafeHandles;
+using Vmm.Host.Native;
 
 namespace Vmm.Host;
 
@@ -110,7 +111,7 @@ public sealed unsafe partial class IoUring : IDisposable
     {
         ArgumentOutOfRangeException.ThrowIfNegativeOrZero(entries);
         ArgumentOutOfRangeException.ThrowIfGreaterThan(entries, 4096);
-        if (!OperatingSystem.IsLinux())
+        if (OsAbi.Current.System != HostSystem.Linux)
         {
             return null;
         }
@@ -160,12 +161,12 @@ public sealed unsafe partial class IoUring : IDisposable
     /// <returns>False when the kernel has no room now: the caller does it another way.</returns>
     public bool TrySubmit(RingOperation operation, SafeFileHandle file, long offset, in IoBuffer data, long done, ulong tag)
     {
-        Span<IoBuffer.Iovec> vector = stackalloc IoBuffer.Iovec[MaxVectors];
+        Span<LibC.IoVector> vector = stackalloc LibC.IoVector[MaxVectors];
         int count = operation is RingOperation.Read or RingOperation.Write ? data.Describe(done, vector, out _) : 0;
         using var held = new HeldHandle(file);
 
         // SAFETY: the vector lies on this stack; the kernel copies it while it handles the submission, inside Enter.
-        fixed (IoBuffer.Iovec* first = vector)
+        fixed (LibC.IoVector* first = vector)
         {
             lock (_gate)
             {

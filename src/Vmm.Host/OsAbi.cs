@@ -50,11 +50,12 @@ public sealed record TermiosAbi(
     uint GetWindowSize);
 
 /// <summary>How whole-file locks that belong to an open file description are asked for.</summary>
+/// <param name="GetLock">F_OFD_GETLK; 0 where there is none.</param>
 /// <param name="SetLock">F_OFD_SETLK; 0 where there is none and flock(2) serves.</param>
 /// <param name="ReadLock">F_RDLCK.</param>
 /// <param name="WriteLock">F_WRLCK.</param>
 /// <param name="Unlock">F_UNLCK.</param>
-public sealed record FileLockAbi(int SetLock, short ReadLock, short WriteLock, short Unlock);
+public sealed record FileLockAbi(int GetLock, int SetLock, short ReadLock, short WriteLock, short Unlock);
 
 /// <summary>The numbers of one operating system. Immutable; see the theory above.</summary>
 public sealed class OsAbi
@@ -126,7 +127,7 @@ public sealed class OsAbi
         EventFdCloseOnExec = 0x80000,
         EventFdNonBlocking = 0x800,
         HasMemfd = true,
-        FileLocks = new FileLockAbi(37, 0, 1, 2),
+        FileLocks = new FileLockAbi(36, 37, 0, 1, 2),
         SignalBlock = 0,
         SignalUnblock = 1,
         KickSignal = 37,
@@ -162,7 +163,7 @@ public sealed class OsAbi
         EventFdCloseOnExec = 0x100000,
         EventFdNonBlocking = 0x4,
         HasMemfd = true,
-        FileLocks = new FileLockAbi(0, 1, 3, 2),
+        FileLocks = new FileLockAbi(0, 0, 1, 3, 2),
         SignalBlock = 1,
         SignalUnblock = 2,
         KickSignal = 68,
@@ -198,7 +199,7 @@ public sealed class OsAbi
         EventFdCloseOnExec = 0x80000,
         EventFdNonBlocking = 0x800,
         HasMemfd = false,
-        FileLocks = new FileLockAbi(48, 1, 2, 3),
+        FileLocks = new FileLockAbi(47, 48, 1, 2, 3),
         SignalBlock = 1,
         SignalUnblock = 2,
         KickSignal = 45,

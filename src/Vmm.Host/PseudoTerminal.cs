@@ -32,9 +32,8 @@ public sealed unsafe partial class PseudoTerminal : IDisposable
     /// <exception cref="IOException">The host has none left.</exception>
     public static PseudoTerminal Open()
     {
-        // O_RDWR | O_NOCTTY
-        int noctty = OperatingSystem.IsLinux() ? 0x100 : OperatingSystem.IsFreeBSD() ? 0x8000 : 0x800;
-        int fd = posix_openpt(2 | noctty);
+        const int ReadWrite = 2;
+        int fd = posix_openpt(ReadWrite | OsAbi.Current.OpenNoControllingTerminal);
         if (fd < 0)
         {
             throw new IOException($"pseudo-terminal: {Marshal.GetLastPInvokeErrorMessage()}");
@@ -79,7 +78,7 @@ public sealed unsafe partial class PseudoTerminal : IDisposable
         if (tcgetattr(fd, settings) == 0)
         {
             cfmakeraw(settings);
-            _ = tcsetattr(fd, OperatingSystem.IsLinux() || OperatingSystem.IsFreeBSD() ? 0 : 0x540E, settings);
+            _ = tcsetattr(fd, OsAbi.Current.Termios.SetNow, settings);
         }
     }
 

@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
 using System.Collections.Generic;
-using System.Diagnostics;
 using System.Globalization;
-using System.IO;
 using System.Linq;
 using System.Reflection;
 using System.Runtime.CompilerServices;
 using System.Runtime.InteropServices;
 using FluentAssertions;
 using Vmm.Kvm.Abi;
+using Vmm.TestKit;
 using Xunit;
 
 namespace Vmm.Kvm.Tests;
@@ -20,7 +19,7 @@ public sealed class KvmAbiTests
     [CompilerFact]
     public void Declarations_EverySizeOffsetAndNumber_EqualsTheHeader()
     {
-        SortedDictionary<string, ulong> expected = CompileAndRun("kvm_abi.c");
+        SortedDictionary<string, ulong> expected = CProgram.CompileAndRun("kvm_abi.c");
         var actual = new SortedDictionary<string, ulong>(StringComparer.Ordinal);
         foreach (Type type in typeof(KvmAbi).Assembly.GetTypes().Where(t => string.Equals(t.Namespace, "Vmm.Kvm.Abi", StringComparison.Ordinal)))
         {
@@ -65,58 +64,8 @@ public sealed class KvmAbiTests
     private static int SizeOf(Type type) => (int)typeof(Unsafe).GetMethod(nameof(Unsafe.SizeOf))!
         .MakeGenericMethod(type).Invoke(null, null)!;
 
-    private static SortedDictionary<string, ulong> CompileAndRun(string source)
-    {
-        string directory = Directory.CreateTempSubdirectory("vmm-abi-").FullName;
-        try
-        {
-            string program = Path.Combine(directory, "program");
-            Execute("cc", "-Wall", "-Wextra", "-Werror", "-o", program, Path.Combine(SourceFolder(), source));
-            var values = new SortedDictionary<string, ulong>(StringComparer.Ordinal);
-            foreach (string line in Execute(program).Split('\n', StringSplitOptions.RemoveEmptyEntries))
-            {
-                string[] words = line.Split(' ');
-                values[$"{words[0]} {words[1]}"] = ulong.Parse(words[2], CultureInfo.InvariantCulture);
-            }
-
-            return values;
-        }
-        finally
-        {
-            Directory.Delete(directory, recursive: true);
-        }
-    }
-
-    private static string Execute(string program, params string[] arguments)
-    {
-        using var process = Process.Start(new ProcessStartInfo(program, arguments)
-        {
-            RedirectStandardOutput = true,
-            UseShellExecute = false,
-        })!;
-        string text = process.StandardOutput.ReadToEnd();
-        process.WaitForExit();
-        process.ExitCode.Should().Be(0, "{0} must succeed", program);
-        return text;
-    }
-
-    private static string SourceFolder([CallerFilePath] string here = "") =>
-        Path.Combine(Path.GetDirectoryName(here)!, "..", "abi");
-
     private sealed class CompilerFactAttribute : FactAttribute
     {
-        public CompilerFactAttribute()
-        {
-            bool hasCompiler = Environment.GetEnvironmentVariable("PATH")!.Split(':')
-                .Any(folder => File.Exists(Path.Combine(folder, "cc")));
-            if (!hasCompiler)
-            {
-                Skip = "there is no C compiler (cc)";
-            }
-            else if (!File.Exists("/usr/include/linux/kvm.h"))
-            {
-                Skip = "there is no <linux/kvm.h> (package linux-libc-dev)";
-            }
-        }
+        public CompilerFactAttribute() => Skip = CProgram.Missing("linux/kvm.h", "linux-libc-dev");
     }
 }

@@ -8,12 +8,16 @@ internal static unsafe partial class LibC
     internal const int LockShared = 1;
     internal const int LockExclusive = 2;
     internal const int LockNonBlocking = 4;
-    internal const int LockUnlock = 8;
     internal const int GetFlags = 3;
     internal const int SetFlags = 4;
     internal const int FallocKeepSize = 1;
     internal const int FallocPunchHole = 2;
     internal const int FallocZeroRange = 16;
+    internal const int SeekEnd = 2;
+    internal const int ReadNoWait = 8; // RWF_NOWAIT, Linux
+    internal const int FreeSpaceIllumos = 11; // F_FREESP
+    internal const int SpaceDeallocate = 1; // SPACECTL_DEALLOC, FreeBSD
+    internal const int NoSpace = 28; // ENOSPC everywhere
 
     [LibraryImport("libc", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
     internal static partial int open(string path, int flags, int mode);
@@ -40,6 +44,12 @@ internal static unsafe partial class LibC
     internal static partial nint pwritev(int fd, IoVector* vectors, int count, long offset);
 
     [LibraryImport("libc", SetLastError = true)]
+    internal static partial nint preadv2(int fd, IoVector* vectors, int count, long offset, int flags);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial long lseek(int fd, long offset, int whence);
+
+    [LibraryImport("libc", SetLastError = true)]
     internal static partial int fsync(int fd);
 
     [LibraryImport("libc", SetLastError = true)]
@@ -53,6 +63,9 @@ internal static unsafe partial class LibC
 
     [LibraryImport("libc", SetLastError = true)]
     internal static partial int fcntl(int fd, int command, nint argument);
+
+    [LibraryImport("libc", SetLastError = true)]
+    internal static partial int fspacectl(int fd, int command, SpaceRange* range, int flags, SpaceRange* rest);
 
     [LibraryImport("libc", SetLastError = true)]
     internal static partial int flock(int fd, int operation);
@@ -84,6 +97,14 @@ internal static unsafe partial class LibC
         internal int Fd;
         internal short Events;
         internal short Returned;
+    }
+
+    /// <summary>struct spacectl_range of FreeBSD 14.</summary>
+    [StructLayout(LayoutKind.Sequential)]
+    internal struct SpaceRange
+    {
+        internal long Offset;
+        internal long Length;
     }
 
     /// <summary>struct flock of Linux (illumos adds fields behind it).</summary>
