@@ -16,11 +16,10 @@ namespace Vmm.Devices.Net;
 /// Not there: interrupt throttling and delays (interrupts come at once), wake-up, flash, big-endian, split headers. The
 /// four bytes of FCS that a driver may ask for are zero.
 /// </remarks>
-public sealed class E1000 : PciFunction, INetReceiver
+public sealed class E1000 : EthernetCard
 {
     private const uint RegisterBytes = 0x20000;
     private const int MaxPerRound = 256;
-    private const int EepromWords = 64;
 
     private const uint InterruptTxDescriptor = 1 << 0;
     private const uint InterruptTxQueueEmpty = 1 << 1;
@@ -56,21 +55,11 @@ public sealed class E1000 : PciFunction, INetReceiver
     private const int EepromDataIn = 4;
     private const int EepromDataOut = 8;
 
-    private readonly Lock _registers = new();
     private readonly uint[] _values = new uint[RegisterBytes / 4];
-    private readonly ushort[] _eeprom = new ushort[EepromWords];
     private readonly ushort[] _phy = new ushort[32];
-    private readonly INetBackend _backend;
-    private readonly NicWorker _worker;
     private readonly byte[] _txFrame = new byte[NetFrames.MaxFrameBytes];
     private readonly byte[] _txSegment = new byte[NetFrames.MaxFrameBytes];
-    private readonly byte[] _rxFrame = new byte[NetFrames.MaxFrameBytes + 4];
     private uint _ioAddress;
-    private int _eepromCount;
-    private uint _eepromCommand;
-    private bool _eepromOut = true;
-    private bool _rxPaused = true;
-    private bool _rxStalled;
 
     // The frame that is being gathered from descriptors, and the last context descriptor (SDM §3.3.6).
     private int _txLength;
@@ -82,8 +71,6 @@ public sealed class E1000 : PciFunction, INetReceiver
     private byte _txOptions;
     private bool _txSegmented;
     private bool _txIsIp;
-    private long _droppedTx;
-    private long _droppedRx;
 
     /// <summary>Makes a card on a network, which it owns.</summary>
     /// <param name="id">Name.</param>
@@ -91,18 +78,12 @@ public sealed class E1000 : PciFunction, INetReceiver
     /// <param name="mac">Six bytes, stored in the EEPROM.</param>
     /// <param name="inline">Transmit on the thread that writes TDT: for tests.</param>
     public E1000(string id, INetBackend backend, ReadOnlySpan<byte> mac, bool inline = false)
-        : base(id, new PciIdentity(0x8086, 0x100E, 0x020000, 3, 0x8086, 0x001E))
+        : base(id, new PciIdentity(0x8086, 0x100E, 0x020000, 3, 0x8086, 0x001E), backend, mac, 0, inline)
     {
-        ArgumentNullException.ThrowIfNull(backend);
-        ArgumentOutOfRangeException.ThrowIfNotEqual(mac.Length, 6, nameof(mac));
-        _backend = backend;
-        _worker = new NicWorker("e1000 " + id, Transmit, inline);
         FillEeprom(mac);
-        UseIntx();
         AddBar(0, PciBarKind.Memory32, new MemoryWindow(this));
         AddBar(1, PciBarKind.Io, new IoWindow(this));
         ResetRegisters();
-        backend.Attach(this);
     }
 
     // Byte offsets of registers (SDM §13.2).
@@ -144,93 +125,14 @@ public sealed class E1000 : PciFunction, INetReceiver
     /// <inheritdoc/>
     public override int StateVersion => 1;
 
-    /// <summary>Frames of the guest that were malformed.</summary>
-    public long DroppedTransmit => Interlocked.Read(ref _droppedTx);
-
-    /// <summary>Frames for the guest that did not fit.</summary>
-    public long DroppedReceive => Interlocked.Read(ref _droppedRx);
-
-    /// <inheritdoc/>
-    public override void Pause()
-    {
-        _worker.Pause();
-        lock (_registers)
-        {
-            _rxPaused = true;
-        }
-    }
-
-    /// <inheritdoc/>
-    public override void Resume()
-    {
-        lock (_registers)
-        {
-            _rxPaused = false;
-        }
-
-        _worker.Resume();
-        _backend.ResumeReceive();
-    }
-
-    /// <inheritdoc/>
-    public bool TryReceive(ReadOnlySpan<byte> frame, in NetOffload offload)
-    {
-        lock (_registers)
-        {
-            if (_rxPaused)
-            {
-                return false;
-            }
-
-            bool listens = (this[Reg.Rctl] & ReceiveEnable) != 0 && (this[Reg.Control] & ControlLinkUp) != 0;
-            if (!listens || frame.Length < 14 || frame.Length > NetFrames.MaxFrameBytes || !IsWanted(frame))
-            {
-                return true;
-            }
-
-            if (offload.SegmentKind == 0)
-            {
-                Span<byte> copy = _rxFrame.AsSpan(0, frame.Length);
-                frame.CopyTo(copy);
-                return !NetFrames.TryCompleteChecksum(copy, offload) || Deliver(frame.Length);
-            }
-
-            int position = 0;
-            bool first = true;
-            while (NetFrames.TryNextSegment(frame, offload, ref position, _rxFrame, out int length))
-            {
-                if (!Deliver(length))
-                {
-                    if (first)
-                    {
-                        return false;
-                    }
-
-                    Interlocked.Increment(ref _droppedRx);
-                    return true; // TCP sends the rest again
-                }
-
-                first = false;
-            }
-
-            return true;
-        }
-    }
-
-    /// <inheritdoc/>
-    protected override void ResetCard()
-    {
-        lock (_registers)
-        {
-            ResetRegisters();
-        }
-    }
+    private protected override bool Listens =>
+        (this[Reg.Rctl] & ReceiveEnable) != 0 && (this[Reg.Control] & ControlLinkUp) != 0;
 
     /// <inheritdoc/>
     protected override void SaveCard(StateWriter writer)
     {
         ArgumentNullException.ThrowIfNull(writer);
-        lock (_registers)
+        lock (Gate)
         {
             byte[] values = new byte[_values.Length * 4];
             for (int i = 0; i < _values.Length; i++)
@@ -247,9 +149,7 @@ public sealed class E1000 : PciFunction, INetReceiver
 
             writer.WriteBytes("e1000.phy", phy);
             writer.Write("e1000.io-address", _ioAddress);
-            writer.Write("e1000.eeprom-count", (ulong)_eepromCount);
-            writer.Write("e1000.eeprom-command", _eepromCommand);
-            writer.Write("e1000.eeprom-out", _eepromOut);
+            Eeprom.Save(writer, "e1000");
             writer.WriteBytes("e1000.tx-frame", _txFrame.AsSpan(0, _txLength));
             writer.Write("e1000.tx-overrun", _txOverrun);
             writer.Write("e1000.context0", _context0);
@@ -266,7 +166,7 @@ public sealed class E1000 : PciFunction, INetReceiver
     protected override void LoadCard(StateReader reader, int version)
     {
         ArgumentNullException.ThrowIfNull(reader);
-        lock (_registers)
+        lock (Gate)
         {
             ReadOnlySpan<byte> values = reader.ReadBytes("e1000.registers");
             if (values.Length != _values.Length * 4)
@@ -287,9 +187,7 @@ public sealed class E1000 : PciFunction, INetReceiver
             }
 
             _ioAddress = reader.ReadUInt32("e1000.io-address");
-            _eepromCount = (int)reader.ReadBounded("e1000.eeprom-count", int.MaxValue);
-            _eepromCommand = reader.ReadUInt32("e1000.eeprom-command");
-            _eepromOut = reader.ReadBoolean("e1000.eeprom-out");
+            Eeprom.Load(reader, "e1000");
             ReadOnlySpan<byte> frame = reader.ReadBytes("e1000.tx-frame");
             _txLength = Math.Min(frame.Length, _txFrame.Length);
             frame[.._txLength].CopyTo(_txFrame);
@@ -305,18 +203,6 @@ public sealed class E1000 : PciFunction, INetReceiver
         }
     }
 
-    /// <inheritdoc/>
-    protected override void Dispose(bool disposing)
-    {
-        if (disposing)
-        {
-            _worker.Dispose();
-            _backend.Dispose();
-        }
-
-        base.Dispose(disposing);
-    }
-
     private uint this[Reg register]
     {
         get => _values[(uint)register / 4];
@@ -330,33 +216,32 @@ public sealed class E1000 : PciFunction, INetReceiver
     {
         for (int i = 0; i < 3; i++)
         {
-            _eeprom[i] = BinaryPrimitives.ReadUInt16LittleEndian(mac[(2 * i)..]);
+            Eeprom[i] = BinaryPrimitives.ReadUInt16LittleEndian(mac[(2 * i)..]);
         }
 
-        _eeprom[0x0A] = 0x4408;
-        _eeprom[0x0B] = 0x001E;
-        _eeprom[0x0C] = 0x8086;
-        _eeprom[0x0D] = 0x100E;
-        _eeprom[0x0E] = 0x8086;
-        _eeprom[0x0F] = 0x3040;
+        Eeprom[0x0A] = 0x4408;
+        Eeprom[0x0B] = 0x001E;
+        Eeprom[0x0C] = 0x8086;
+        Eeprom[0x0D] = 0x100E;
+        Eeprom[0x0E] = 0x8086;
+        Eeprom[0x0F] = 0x3040;
         ushort sum = 0;
-        for (int i = 0; i < EepromWords - 1; i++)
+        for (int i = 0; i < Eeprom93C46.Words - 1; i++)
         {
-            sum += _eeprom[i];
+            sum += Eeprom[i];
         }
 
-        _eeprom[EepromWords - 1] = (ushort)(0xBABA - sum);
+        Eeprom[Eeprom93C46.Words - 1] = (ushort)(0xBABA - sum);
     }
 
-    private void ResetRegisters()
+    private protected override void ResetRegisters()
     {
         Array.Clear(_values);
         this[Reg.Control] = ControlInitial;
         this[Reg.Pba] = 0x0010_0030;
-        this[Reg.Ra] = _eeprom[0] | ((uint)_eeprom[1] << 16);
-        _values[((uint)Reg.Ra / 4) + 1] = _eeprom[2] | (1u << 31);
-        _eepromCount = 0;
-        _eepromOut = true;
+        this[Reg.Ra] = Eeprom[0] | ((uint)Eeprom[1] << 16);
+        _values[((uint)Reg.Ra / 4) + 1] = Eeprom[2] | (1u << 31);
+        Eeprom.Deselect();
         _txLength = 0;
         _txOverrun = false;
         _ioAddress = 0;
@@ -393,7 +278,7 @@ public sealed class E1000 : PciFunction, INetReceiver
 
     private uint ReadRegister(uint offset)
     {
-        lock (_registers)
+        lock (Gate)
         {
             var register = (Reg)offset;
             switch (register)
@@ -408,7 +293,7 @@ public sealed class E1000 : PciFunction, INetReceiver
                     UpdateInterrupt();
                     return causes;
                 case Reg.Eecd:
-                    return (this[Reg.Eecd] & 0x77u) | (_eepromOut ? (uint)EepromDataOut : 0) | 0x100
+                    return (this[Reg.Eecd] & 0x77u) | (Eeprom.DataOut ? (uint)EepromDataOut : 0) | 0x100
                         | ((this[Reg.Eecd] & 0x40) << 1); // a request is granted at once
                 case Reg.Ics:
                 case Reg.Imc:
@@ -427,7 +312,7 @@ public sealed class E1000 : PciFunction, INetReceiver
     {
         bool transmit = false;
         bool resume = false;
-        lock (_registers)
+        lock (Gate)
         {
             var register = (Reg)offset;
             switch (register)
@@ -444,7 +329,7 @@ public sealed class E1000 : PciFunction, INetReceiver
                 case Reg.Eerd:
                     if ((value & 1) != 0)
                     {
-                        value = (value & 0xFF00) | 0x10 | ((uint)_eeprom[(value >> 8) & (EepromWords - 1)] << 16);
+                        value = (value & 0xFF00) | 0x10 | ((uint)Eeprom[(int)(value >> 8)] << 16);
                     }
 
                     this[register] = value;
@@ -478,8 +363,7 @@ public sealed class E1000 : PciFunction, INetReceiver
                 case Reg.Rdt:
                 case Reg.Rctl:
                     this[register] = register == Reg.Rdt ? value & 0xFFFF : value;
-                    resume = _rxStalled || register == Reg.Rctl;
-                    _rxStalled = false;
+                    resume = TakeStall() || register == Reg.Rctl;
                     break;
                 case Reg.Tdt:
                 case Reg.Tctl:
@@ -494,12 +378,12 @@ public sealed class E1000 : PciFunction, INetReceiver
 
         if (transmit)
         {
-            _worker.Kick();
+            KickTransmit();
         }
 
         if (resume)
         {
-            _backend.ResumeReceive();
+            ResumeReceive();
         }
     }
 
@@ -524,43 +408,19 @@ public sealed class E1000 : PciFunction, INetReceiver
         }
     }
 
-    // Microwire (SDM §5.3.1): a start bit, two bits of operation and six of address go in; after a READ, words come out.
+    // The wires of the EEPROM (SDM §5.3.1).
     private void WriteEecd(uint value)
     {
         uint before = this[Reg.Eecd];
         this[Reg.Eecd] = value & 0x77;
         if ((value & EepromSelect) == 0)
         {
-            _eepromCount = 0;
-            _eepromCommand = 0;
-            _eepromOut = true; // ready
-            return;
+            Eeprom.Deselect();
         }
-
-        bool rising = (before & EepromClock) == 0 && (value & EepromClock) != 0;
-        bool bit = (value & EepromDataIn) != 0;
-        if (!rising || (_eepromCount == 0 && !bit))
+        else if ((before & EepromClock) == 0 && (value & EepromClock) != 0)
         {
-            return;
+            Eeprom.Clock((value & EepromDataIn) != 0);
         }
-
-        if (_eepromCount < 9)
-        {
-            _eepromCommand = (_eepromCommand << 1) | (bit ? 1u : 0);
-            _eepromCount++;
-            _eepromOut = _eepromCount < 9; // the dummy 0 before the data
-            return;
-        }
-
-        if (_eepromCommand >> 6 != 0b110)
-        {
-            return; // writes are not enabled
-        }
-
-        int at = _eepromCount - 9;
-        _eepromCount = at >= (EepromWords * 16) - 1 ? 9 : _eepromCount + 1;
-        int word = (int)((_eepromCommand + (uint)(at / 16)) & (EepromWords - 1));
-        _eepromOut = ((_eeprom[word] >> (15 - (at % 16))) & 1) != 0;
     }
 
     // SDM §13.4.8: PHY 1; reads of others fail.
@@ -596,7 +456,7 @@ public sealed class E1000 : PciFunction, INetReceiver
     }
 
     // On the worker. A bounded round; the rest of a long ring gets another.
-    private void Transmit()
+    private protected override void Transmit()
     {
         Span<byte> descriptor = stackalloc byte[16];
         uint causes = 0;
@@ -604,7 +464,7 @@ public sealed class E1000 : PciFunction, INetReceiver
         {
             ulong at;
             bool send;
-            lock (_registers)
+            lock (Gate)
             {
                 uint count = this[Reg.Tdlen] / 16;
                 uint head = this[Reg.Tdh];
@@ -628,7 +488,7 @@ public sealed class E1000 : PciFunction, INetReceiver
                 at = Ring(this[Reg.Tdbal], this[Reg.Tdbah]) + (16 * head);
                 if (!Dma.TryRead(at, descriptor))
                 {
-                    Interlocked.Increment(ref _droppedTx);
+                    DropTransmitted();
                     this[Reg.Tdh] = this[Reg.Tdt]; // the ring is not in memory: nothing more can come of it
                     continue;
                 }
@@ -641,7 +501,7 @@ public sealed class E1000 : PciFunction, INetReceiver
                 SendFrame();
             }
 
-            lock (_registers)
+            lock (Gate)
             {
                 byte command = descriptor[11];
                 if ((command & CommandReport) != 0)
@@ -656,7 +516,7 @@ public sealed class E1000 : PciFunction, INetReceiver
             }
         }
 
-        _worker.Kick();
+        KickTransmit();
     }
 
     // Under the gate. True when a frame is complete.
@@ -742,33 +602,33 @@ public sealed class E1000 : PciFunction, INetReceiver
         _txOverrun = false;
         if (!usable)
         {
-            Interlocked.Increment(ref _droppedTx);
+            DropTransmitted();
             return;
         }
 
-        lock (_registers)
+        lock (Gate)
         {
             this[Reg.GoodTransmitted]++;
             this[Reg.TotalTransmitted]++;
         }
 
-        if (_backend.CanOffload || offload == default)
+        if (Backend.CanOffload || offload == default)
         {
-            _backend.Send(frame, offload);
+            Backend.Send(frame, offload);
             return;
         }
 
         if (offload.SegmentKind == 0)
         {
             NetFrames.TryCompleteChecksum(frame, offload);
-            _backend.Send(frame, default);
+            Backend.Send(frame, default);
             return;
         }
 
         int position = 0;
         while (NetFrames.TryNextSegment(frame, offload, ref position, _txSegment, out int length))
         {
-            _backend.Send(_txSegment.AsSpan(0, length), default);
+            Backend.Send(_txSegment.AsSpan(0, length), default);
         }
     }
 
@@ -843,7 +703,7 @@ public sealed class E1000 : PciFunction, INetReceiver
     }
 
     // Receive filters: exact addresses, a hash of multicast ones, VLANs.
-    private bool IsWanted(ReadOnlySpan<byte> frame)
+    private protected override bool IsWanted(ReadOnlySpan<byte> frame)
     {
         uint rctl = this[Reg.Rctl];
         if (frame.Length > 1522 && (rctl & ReceiveLong) == 0)
@@ -906,28 +766,27 @@ public sealed class E1000 : PciFunction, INetReceiver
         return (rctl & (1 << 25)) != 0 ? size * 16 : size;
     }
 
-    // Under the gate: a frame in _rxFrame. False when there are not enough descriptors.
-    private bool Deliver(int length)
+    private protected override bool Deliver(int length)
     {
         ushort tag = 0;
         bool tagged = (this[Reg.Control] & ControlVlan) != 0 && length >= 18
-            && BinaryPrimitives.ReadUInt16BigEndian(_rxFrame.AsSpan(12)) == 0x8100;
+            && BinaryPrimitives.ReadUInt16BigEndian(RxFrame.AsSpan(12)) == 0x8100;
         if (tagged)
         {
-            tag = BinaryPrimitives.ReadUInt16BigEndian(_rxFrame.AsSpan(14));
-            _rxFrame.AsSpan(16, length - 16).CopyTo(_rxFrame.AsSpan(12));
+            tag = BinaryPrimitives.ReadUInt16BigEndian(RxFrame.AsSpan(14));
+            RxFrame.AsSpan(16, length - 16).CopyTo(RxFrame.AsSpan(12));
             length -= 4;
         }
 
         if (length < 60)
         {
-            _rxFrame.AsSpan(length, 60 - length).Clear();
+            RxFrame.AsSpan(length, 60 - length).Clear();
             length = 60;
         }
 
         if ((this[Reg.Rctl] & ReceiveStripCrc) == 0)
         {
-            _rxFrame.AsSpan(length, 4).Clear();
+            RxFrame.AsSpan(length, 4).Clear();
             length += 4;
         }
 
@@ -943,7 +802,7 @@ public sealed class E1000 : PciFunction, INetReceiver
         uint free = tail >= head ? tail - head : count - head + tail;
         if (free * (long)buffer < length)
         {
-            _rxStalled = true;
+            Stall();
             return false;
         }
 
@@ -954,9 +813,9 @@ public sealed class E1000 : PciFunction, INetReceiver
             int take = Math.Min(buffer, length - done);
             ulong at = ring + (16 * head);
             if (!Dma.TryRead(at, descriptor)
-                || !Dma.TryWrite(BinaryPrimitives.ReadUInt64LittleEndian(descriptor), _rxFrame.AsSpan(done, take)))
+                || !Dma.TryWrite(BinaryPrimitives.ReadUInt64LittleEndian(descriptor), RxFrame.AsSpan(done, take)))
             {
-                Interlocked.Increment(ref _droppedRx);
+                DropReceived();
             }
 
             done += take;

@@ -16,7 +16,7 @@ namespace Vmm.Devices.Net;
 /// Not there: the C+ mode with descriptor rings (the revision says so, and drivers then use the old mode), wake-up, flash
 /// and CardBus. The FCS behind received frames is zero.
 /// </remarks>
-public sealed class Rtl8139 : PciFunction, INetReceiver
+public sealed class Rtl8139 : EthernetCard
 {
     private const int RegisterBytes = 256;
     private const int Descriptors = 4;
@@ -54,6 +54,7 @@ public sealed class Rtl8139 : PciFunction, INetReceiver
     private const ushort InterruptRxOk = 1 << 0;
     private const ushort InterruptTxOk = 1 << 2;
     private const ushort InterruptTxError = 1 << 3;
+    private const ushort InterruptRxOverflow = 1 << 4;
 
     private const uint TxOwn = 1 << 13;
     private const uint TxOk = 1 << 15;
@@ -66,21 +67,10 @@ public sealed class Rtl8139 : PciFunction, INetReceiver
     private const uint AcceptBroadcast = 8;
     private const uint NoWrap = 1 << 7;
 
-    private readonly Lock _gate = new();
     private readonly byte[] _registers = new byte[RegisterBytes];
     private readonly byte[] _mac = new byte[6];
-    private readonly ushort[] _eeprom = new ushort[64];
-    private readonly INetBackend _backend;
-    private readonly NicWorker _worker;
     private readonly byte[] _txFrame = new byte[MaxFrameBytes];
-    private readonly byte[] _rxFrame = new byte[NetFrames.MaxFrameBytes + 8];
     private int _next;
-    private int _eepromCount;
-    private uint _eepromCommand;
-    private bool _eepromOut = true;
-    private bool _rxPaused = true;
-    private bool _rxStalled;
-    private long _dropped;
 
     /// <summary>Makes a card on a network, which it owns.</summary>
     /// <param name="id">Name.</param>
@@ -88,122 +78,38 @@ public sealed class Rtl8139 : PciFunction, INetReceiver
     /// <param name="mac">Six bytes, stored in the EEPROM.</param>
     /// <param name="inline">Transmit on the thread that writes the descriptor: for tests.</param>
     public Rtl8139(string id, INetBackend backend, ReadOnlySpan<byte> mac, bool inline = false)
-        : base(id, new PciIdentity(0x10EC, 0x8139, 0x020000, 0x10, 0x10EC, 0x8139))
+        : base(
+            id, new PciIdentity(0x10EC, 0x8139, 0x020000, 0x10, 0x10EC, 0x8139), backend, mac, FrameHeaderBytes, inline)
     {
-        ArgumentNullException.ThrowIfNull(backend);
-        ArgumentOutOfRangeException.ThrowIfNotEqual(mac.Length, 6, nameof(mac));
         mac.CopyTo(_mac);
-        _backend = backend;
-        _worker = new NicWorker("rtl8139 " + id, Transmit, inline);
-        _eeprom[0] = 0x8129;
-        _eeprom[1] = 0x10EC;
-        _eeprom[2] = 0x8139;
+        Eeprom[0] = 0x8129;
+        Eeprom[1] = 0x10EC;
+        Eeprom[2] = 0x8139;
         for (int i = 0; i < 3; i++)
         {
-            _eeprom[7 + i] = BinaryPrimitives.ReadUInt16LittleEndian(mac[(2 * i)..]);
+            Eeprom[7 + i] = BinaryPrimitives.ReadUInt16LittleEndian(mac[(2 * i)..]);
         }
 
-        UseIntx();
         var window = new Window(this);
         AddBar(0, PciBarKind.Io, window);
         AddBar(1, PciBarKind.Memory32, window);
         ResetRegisters();
-        backend.Attach(this);
     }
 
     /// <inheritdoc/>
     public override int StateVersion => 1;
 
-    /// <summary>Frames that the guest's ring or descriptors could not carry.</summary>
-    public long Dropped => Interlocked.Read(ref _dropped);
-
-    /// <inheritdoc/>
-    public override void Pause()
-    {
-        _worker.Pause();
-        lock (_gate)
-        {
-            _rxPaused = true;
-        }
-    }
-
-    /// <inheritdoc/>
-    public override void Resume()
-    {
-        lock (_gate)
-        {
-            _rxPaused = false;
-        }
-
-        _worker.Resume();
-        _backend.ResumeReceive();
-    }
-
-    /// <inheritdoc/>
-    public bool TryReceive(ReadOnlySpan<byte> frame, in NetOffload offload)
-    {
-        lock (_gate)
-        {
-            if (_rxPaused)
-            {
-                return false;
-            }
-
-            bool listens = (_registers[Cr] & CommandReceive) != 0;
-            if (!listens || frame.Length < 14 || frame.Length > NetFrames.MaxFrameBytes || !IsWanted(frame))
-            {
-                return true;
-            }
-
-            if (offload.SegmentKind == 0)
-            {
-                Span<byte> copy = _rxFrame.AsSpan(FrameHeaderBytes, frame.Length);
-                frame.CopyTo(copy);
-                return !NetFrames.TryCompleteChecksum(copy, offload) || Deliver(frame.Length);
-            }
-
-            int position = 0;
-            bool first = true;
-            while (NetFrames.TryNextSegment(frame, offload, ref position, _rxFrame.AsSpan(FrameHeaderBytes), out int length))
-            {
-                if (!Deliver(length))
-                {
-                    if (first)
-                    {
-                        return false;
-                    }
-
-                    Interlocked.Increment(ref _dropped);
-                    return true; // TCP sends the rest again
-                }
-
-                first = false;
-            }
-
-            return true;
-        }
-    }
-
-    /// <inheritdoc/>
-    protected override void ResetCard()
-    {
-        lock (_gate)
-        {
-            ResetRegisters();
-        }
-    }
+    private protected override bool Listens => (_registers[Cr] & CommandReceive) != 0;
 
     /// <inheritdoc/>
     protected override void SaveCard(StateWriter writer)
     {
         ArgumentNullException.ThrowIfNull(writer);
-        lock (_gate)
+        lock (Gate)
         {
             writer.WriteBytes("rtl.registers", _registers);
             writer.Write("rtl.next", (ulong)_next);
-            writer.Write("rtl.eeprom-count", (ulong)_eepromCount);
-            writer.Write("rtl.eeprom-command", _eepromCommand);
-            writer.Write("rtl.eeprom-out", _eepromOut);
+            Eeprom.Save(writer, "rtl");
         }
     }
 
@@ -211,27 +117,13 @@ public sealed class Rtl8139 : PciFunction, INetReceiver
     protected override void LoadCard(StateReader reader, int version)
     {
         ArgumentNullException.ThrowIfNull(reader);
-        lock (_gate)
+        lock (Gate)
         {
             reader.ReadBytes("rtl.registers", _registers);
             _next = (int)reader.ReadBounded("rtl.next", Descriptors - 1);
-            _eepromCount = (int)reader.ReadBounded("rtl.eeprom-count", 1024);
-            _eepromCommand = reader.ReadUInt32("rtl.eeprom-command");
-            _eepromOut = reader.ReadBoolean("rtl.eeprom-out");
+            Eeprom.Load(reader, "rtl");
             UpdateInterrupt();
         }
-    }
-
-    /// <inheritdoc/>
-    protected override void Dispose(bool disposing)
-    {
-        if (disposing)
-        {
-            _worker.Dispose();
-            _backend.Dispose();
-        }
-
-        base.Dispose(disposing);
     }
 
     private ushort Get16(int at) => BinaryPrimitives.ReadUInt16LittleEndian(_registers.AsSpan(at));
@@ -242,7 +134,7 @@ public sealed class Rtl8139 : PciFunction, INetReceiver
 
     private void Set32(int at, uint value) => BinaryPrimitives.WriteUInt32LittleEndian(_registers.AsSpan(at), value);
 
-    private void ResetRegisters()
+    private protected override void ResetRegisters()
     {
         Array.Clear(_registers);
         _mac.CopyTo(_registers, Idr);
@@ -262,8 +154,7 @@ public sealed class Rtl8139 : PciFunction, INetReceiver
         Set16(Anlpar, 0x45E1);
         Set16(Aner, 0x0001);
         _next = 0;
-        _eepromCount = 0;
-        _eepromOut = true;
+        Eeprom.Deselect();
         UpdateInterrupt();
     }
 
@@ -282,7 +173,7 @@ public sealed class Rtl8139 : PciFunction, INetReceiver
             case Cr:
                 return (byte)((_registers[Cr] & ~CommandBufferEmpty) | (IsEmpty ? CommandBufferEmpty : 0));
             case Eecr:
-                return (byte)((_registers[Eecr] & 0xCE) | (_eepromOut ? 1 : 0));
+                return (byte)((_registers[Eecr] & 0xCE) | (Eeprom.DataOut ? 1 : 0));
             case Tsads:
             case Tsads + 1:
                 return (byte)(Summary() >> (8 * (offset - Tsads)));
@@ -313,7 +204,7 @@ public sealed class Rtl8139 : PciFunction, INetReceiver
 
     private bool IsEmpty => Get16(Cbr) == ReadOffset % BufferBytes;
 
-    private bool IsWanted(ReadOnlySpan<byte> frame)
+    private protected override bool IsWanted(ReadOnlySpan<byte> frame)
     {
         uint rcr = Get32(Rcr);
         if ((rcr & AcceptAll) != 0)
@@ -356,10 +247,10 @@ public sealed class Rtl8139 : PciFunction, INetReceiver
         return crc;
     }
 
-    // Under the gate: a frame at _rxFrame[4..]. A header of status and length goes before it, both rounded up to 4.
-    private bool Deliver(int length)
+    // A header of status and length goes before the frame, both rounded up to 4.
+    private protected override bool Deliver(int length)
     {
-        Span<byte> frame = _rxFrame.AsSpan(FrameHeaderBytes);
+        Span<byte> frame = RxFrame.AsSpan(FrameHeaderBytes);
         if (length < 60)
         {
             frame[length..60].Clear();
@@ -375,27 +266,30 @@ public sealed class Rtl8139 : PciFunction, INetReceiver
         int free = write == read ? size : (read - write + size) % size;
         if (withCrc > MaxFrameBytes || whole >= size)
         {
-            Interlocked.Increment(ref _dropped);
+            DropReceived();
             return true;
         }
 
         if (free <= whole)
         {
-            _rxStalled = true;
+            // With the overflow the driver has a reason to read the ring. Without one it may wait for ever: it has
+            // acknowledged the frames that are in it, and no further one comes while they are there.
+            Stall();
+            Interrupt(InterruptRxOverflow);
             return false;
         }
 
-        BinaryPrimitives.WriteUInt16LittleEndian(_rxFrame, 1); // ROK
-        BinaryPrimitives.WriteUInt16LittleEndian(_rxFrame.AsSpan(2), (ushort)withCrc);
+        BinaryPrimitives.WriteUInt16LittleEndian(RxFrame, 1); // ROK
+        BinaryPrimitives.WriteUInt16LittleEndian(RxFrame.AsSpan(2), (ushort)withCrc);
         ulong start = Get32(Rbstart);
-        ReadOnlySpan<byte> data = _rxFrame.AsSpan(0, FrameHeaderBytes + withCrc);
+        ReadOnlySpan<byte> data = RxFrame.AsSpan(0, FrameHeaderBytes + withCrc);
         bool overrun = (Get32(Rcr) & NoWrap) != 0 && size < 65536; // the driver left room behind the ring
         int first = overrun ? data.Length : Math.Min(data.Length, size - write);
         bool ok = Dma.TryWrite(start + (uint)write, data[..first])
             && (first == data.Length || Dma.TryWrite(start, data[first..]));
         if (!ok)
         {
-            Interlocked.Increment(ref _dropped);
+            DropReceived();
             return true;
         }
 
@@ -408,7 +302,7 @@ public sealed class Rtl8139 : PciFunction, INetReceiver
     {
         bool transmit = false;
         bool resume = false;
-        lock (_gate)
+        lock (Gate)
         {
             switch (offset)
             {
@@ -435,8 +329,7 @@ public sealed class Rtl8139 : PciFunction, INetReceiver
                     break;
                 case Capr when length >= 2:
                     Set16(Capr, (ushort)value);
-                    resume = _rxStalled;
-                    _rxStalled = false;
+                    resume = TakeStall();
                     break;
                 case Imr when length >= 2:
                     Set16(Imr, (ushort)value);
@@ -486,12 +379,12 @@ public sealed class Rtl8139 : PciFunction, INetReceiver
 
         if (transmit)
         {
-            _worker.Kick();
+            KickTransmit();
         }
 
         if (resume)
         {
-            _backend.ResumeReceive();
+            ResumeReceive();
         }
     }
 
@@ -508,49 +401,25 @@ public sealed class Rtl8139 : PciFunction, INetReceiver
     {
         byte before = _registers[Eecr];
         _registers[Eecr] = (byte)(value & 0xCE);
-        bool selected = (value & 0xC8) == 0x88;
-        if (!selected)
+        if ((value & 0xC8) != 0x88)
         {
-            _eepromCount = 0;
-            _eepromCommand = 0;
-            _eepromOut = true;
-            return;
+            Eeprom.Deselect();
         }
-
-        bool rising = (before & 4) == 0 && (value & 4) != 0;
-        bool bit = (value & 2) != 0;
-        if (!rising || (_eepromCount == 0 && !bit))
+        else if ((before & 4) == 0 && (value & 4) != 0)
         {
-            return;
-        }
-
-        if (_eepromCount < 9)
-        {
-            _eepromCommand = (_eepromCommand << 1) | (bit ? 1u : 0);
-            _eepromCount++;
-            _eepromOut = _eepromCount < 9;
-        }
-        else if (_eepromCommand >> 6 == 0b110)
-        {
-            int at = _eepromCount - 9;
-            _eepromCount = at == 15 ? 9 : _eepromCount + 1;
-            _eepromOut = ((_eeprom[_eepromCommand & 63] >> (15 - at)) & 1) != 0;
-            if (at == 15)
-            {
-                _eepromCommand = (_eepromCommand & ~63u) | ((_eepromCommand + 1) & 63);
-            }
+            Eeprom.Clock((value & 2) != 0);
         }
     }
 
     // On the worker: descriptors go round in order.
-    private void Transmit()
+    private protected override void Transmit()
     {
         for (int i = 0; i < Descriptors; i++)
         {
             int length;
             bool ok;
             int at;
-            lock (_gate)
+            lock (Gate)
             {
                 at = Tsd + (4 * _next);
                 uint status = Get32(at);
@@ -566,14 +435,14 @@ public sealed class Rtl8139 : PciFunction, INetReceiver
 
             if (ok)
             {
-                _backend.Send(_txFrame.AsSpan(0, length), default);
+                Backend.Send(_txFrame.AsSpan(0, length), default);
             }
 
-            lock (_gate)
+            lock (Gate)
             {
                 if (!ok)
                 {
-                    Interlocked.Increment(ref _dropped);
+                    DropTransmitted();
                 }
 
                 Set32(at, Get32(at) | TxOwn | (ok ? TxOk : TxAborted));
@@ -582,7 +451,7 @@ public sealed class Rtl8139 : PciFunction, INetReceiver
             }
         }
 
-        _worker.Kick(); // a driver that is as fast as we are
+        KickTransmit(); // a driver that is as fast as we are
     }
 
     private sealed class Window : IRegisterWindow
@@ -595,7 +464,7 @@ public sealed class Rtl8139 : PciFunction, INetReceiver
 
         public ulong Read(uint offset, AccessWidth width)
         {
-            lock (_owner._gate)
+            lock (_owner.Gate)
             {
                 ulong value = 0;
                 for (int i = (int)width - 1; i >= 0; i--)
