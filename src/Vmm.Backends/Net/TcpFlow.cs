@@ -350,7 +350,8 @@ internal sealed class TcpFlow : IDisposable
 
     private uint InFlight => _sndNxt - _sndUna;
 
-    private int Unsent => Math.Max(0, _ringCount - (int)(InFlight - (_finSent ? 1u : 0)));
+    // A FIN goes out behind the last byte, so nothing is left then, also when it has been acknowledged.
+    private int Unsent => _finSent ? 0 : _ringCount - (int)InFlight;
 
     private void Watch(PollEvents interest)
     {

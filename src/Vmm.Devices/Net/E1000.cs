@@ -25,6 +25,7 @@ public sealed class E1000 : EthernetCard
     private const uint InterruptTxQueueEmpty = 1 << 1;
     private const uint InterruptLink = 1 << 2;
     private const uint InterruptRxLow = 1 << 4;
+    private const uint InterruptRxOverrun = 1 << 6;
     private const uint InterruptRxTimer = 1 << 7;
     private const uint InterruptMdio = 1 << 9;
 
@@ -803,6 +804,7 @@ public sealed class E1000 : EthernetCard
         if (free * (long)buffer < length)
         {
             Stall();
+            Interrupt(InterruptRxOverrun);
             return false;
         }
 

@@ -204,6 +204,9 @@ internal sealed class GuestTcp
 
     public bool PeerReset { get; private set; }
 
+    /// <summary>Bytes that came with a place behind the end of the stream.</summary>
+    public int BytesBehindEnd { get; private set; }
+
     /// <summary>Bytes that the guest would still take.</summary>
     public int Window { get; set; } = 60_000;
 
@@ -339,6 +342,11 @@ internal sealed class GuestTcp
                 _ack++;
                 PeerFinished = true;
             }
+        }
+
+        else if (PeerFinished && (int)(seq + (uint)payload.Length - _ack) > 0)
+        {
+            BytesBehindEnd += payload.Length;
         }
 
         if (answer)

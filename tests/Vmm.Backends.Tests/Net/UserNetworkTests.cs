@@ -202,6 +202,38 @@ public sealed class UserNetworkTests : IDisposable
     }
 
     [Fact]
+    public async Task Tcp_HostEndsFirst_NothingFollowsItsFin()
+    {
+        NetGuest guest = MakeGuest();
+        using TcpListener host = Listen();
+        var tcp = new GuestTcp(guest, s_gateway, PortOf(host), 4012);
+        await Task.Run(tcp.Connect);
+        using Socket accepted = await host.AcceptSocketAsync();
+        await accepted.SendAsync("all there is"u8.ToArray());
+        accepted.Shutdown(SocketShutdown.Send);
+        byte[] rest = RandomBytes(20_000, 7);
+        await Task.Run(() =>
+        {
+            tcp.WaitUntil(() => tcp.PeerFinished);
+            tcp.Write(rest);
+            tcp.WaitUntil(() => tcp.UnackedBytes == 0);
+            tcp.Finish();
+            tcp.WaitUntil(() => tcp.UnackedBytes == 0);
+        });
+        tcp.BytesBehindEnd.Should().Be(0);
+        Encoding.ASCII.GetString(((List<byte>)tcp.Received).ToArray()).Should().Be("all there is");
+        byte[] got = new byte[rest.Length + 1];
+        int count = 0;
+        for (int taken; (taken = await accepted.ReceiveAsync(got.AsMemory(count)).AsTask().WaitAsync(TimeSpan.FromSeconds(10))) > 0;)
+        {
+            count += taken;
+        }
+
+        got.AsSpan(0, count).SequenceEqual(rest).Should().BeTrue();
+        tcp.PeerReset.Should().BeFalse();
+    }
+
+    [Fact]
     public void Tcp_ClosedPort_IsReset()
     {
         NetGuest guest = MakeGuest();

@@ -95,7 +95,9 @@ public sealed class E1000Tests : IDisposable
             _net.Deliver(Frame(s_mac, 100)).Should().BeTrue();
         }
 
+        _ = Read(0xC0);
         _net.Deliver(Frame(s_mac, 100)).Should().BeFalse();
+        (Read(0xC0) & 0x40).Should().Be(0x40, "RXO: the driver has a reason to look");
         int before = _net.Resumed;
         Write(0x2818, 1);
         _net.Resumed.Should().Be(before + 1);
