@@ -270,8 +270,9 @@ vmk_irqfd(struct vmk_vm *vm, const struct abi_irqfd *a)
 	struct vmk_event *ev;
 	int error;
 
+	/* CVE-2017-1000252 */
 	if ((a->flags & ~ABI_IRQFD_DEASSIGN) != 0 ||
-	    a->gsi >= VMK_MAX_ROUTES || a->fd > 0x7fffffff)	/* 2017-1000252 */
+	    a->gsi >= VMK_MAX_ROUTES || a->fd > 0x7fffffff)
 		return (VMK_EINVAL);
 	error = vmk_event_get((int)a->fd, &ev);
 	if (error != 0)

@@ -188,12 +188,6 @@ vmk_irq_pending(struct vmk_vcpu *vcpu)
 }
 
 bool
-vmk_irq_wakes(struct vmk_vcpu *vcpu)
-{
-	return (vmk_irq_pending(vcpu) >= 0);
-}
-
-bool
 vmk_irq_blocked_by_tpr(struct vmk_vcpu *vcpu)
 {
 	struct vmk_lapic *l = vcpu->lapic;
@@ -398,7 +392,7 @@ divide_shift(struct vmk_lapic *l)
 {
 	uint32_t d = *reg(l, R_TDCR);
 
-	return (((d & 3) | (d >> 1 & 4)) + 1) & 7;
+	return ((((d & 3) | (d >> 1 & 4)) + 1) & 7);
 }
 
 static void

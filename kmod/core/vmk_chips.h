@@ -72,7 +72,8 @@ struct vmk_irqchip {
 
 /* Delivery modes of ICR, redirection entries and MSI data (SDM 3A 11.5). */
 enum vmk_delivery { VMK_DM_FIXED = 0, VMK_DM_LOWEST = 1, VMK_DM_SMI = 2,
-	VMK_DM_NMI = 4, VMK_DM_INIT = 5, VMK_DM_STARTUP = 6, VMK_DM_EXTINT = 7 };
+	VMK_DM_NMI = 4, VMK_DM_INIT = 5, VMK_DM_STARTUP = 6,
+	VMK_DM_EXTINT = 7 };
 
 struct vmk_irq_msg {
 	uint32_t	 dest;

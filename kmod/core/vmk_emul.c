@@ -1016,7 +1016,8 @@ emul_string_io(struct vmk_vcpu *vcpu, uint16_t port, unsigned int size,
 	if (tr != TR_OK)
 		return (string_fault(vcpu, tr));
 	memcpy(&v, pio_page(vcpu), size);
-	if (vcpu->lapic != NULL && vmk_irqchip_pio(vcpu, port, size, &v, true)) {
+	if (vcpu->lapic != NULL &&
+	    vmk_irqchip_pio(vcpu, port, size, &v, true)) {
 		string_commit(vcpu, 1);
 		return (VMK_RUN_AGAIN);
 	}

@@ -61,7 +61,6 @@ int	vmk_irq_ack(struct vmk_vcpu *);
 /* Does this vCPU's local APIC let the output of an 8259 through? */
 bool	vmk_lapic_takes_pic(struct vmk_vcpu *);
 /* Does anything end HLT: as vmk_irq_pending() >= 0, any context. */
-bool	vmk_irq_wakes(struct vmk_vcpu *);
 
 /* ---- register access (vcpu thread) ------------------------------------- */
 

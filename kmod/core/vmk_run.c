@@ -627,16 +627,18 @@ static bool
 has_reason(void *arg)
 {
 	struct vmk_vcpu *vcpu = arg;
+	const struct vmk_event_state *ev = &vcpu->ev;
 	uint32_t req = __atomic_load_n(&vcpu->requests, __ATOMIC_SEQ_CST);
 
 	if ((req & ~VMK_REQ_EVENT) != 0)
 		return (true);
 	if (vcpu->mp_state != ABI_MP_HALTED)
 		return (false);
-	if (vcpu->ev.nmi_pending > 0 && !vcpu->ev.nmi_masked)
+	if (ev->exc_pending || ev->exc_injected || ev->nmi_injected ||
+	    (ev->nmi_pending > 0 && !ev->nmi_masked))
 		return (true);
-	return ((vcpu->rflags & RFLAGS_IF) != 0 && vcpu->lapic != NULL &&
-	    vmk_irq_wakes(vcpu));
+	return ((vcpu->rflags & RFLAGS_IF) != 0 && (ev->irq_injected ||
+	    (vcpu->lapic != NULL && vmk_irq_pending(vcpu) >= 0)));
 }
 
 /* Sleep in HLT or wait for start-up.  0: executes again. */

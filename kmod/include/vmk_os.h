@@ -112,7 +112,7 @@ void	 vmk_unpin(struct vmk_mm *, void *cookie, uint64_t hva,
  * compile time that its type fits.
  */
 struct vmk_mutex { uint64_t opaque[10]; };	/* sleeping */
-struct vmk_spin { uint64_t opaque[6]; };	/* any context, blocks interrupts */
+struct vmk_spin { uint64_t opaque[6]; };	/* blocks interrupts */
 struct vmk_waitq { uint64_t opaque[16]; };
 
 void	 vmk_mutex_init(struct vmk_mutex *, const char *name);

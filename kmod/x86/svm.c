@@ -51,7 +51,7 @@ struct svm_cpu {
 	uint32_t	 on_gen;	/* == svm_gen: SVME is set here */
 	uint64_t	 asid_gen;
 	uint32_t	 next_asid;
-	struct vmk_vm	*last_vm;	/* compared, never dereferenced */
+	struct vmk_vm	*last_vm;	/* x86_load() */
 };
 
 struct svm_vcpu {
@@ -427,15 +427,8 @@ svm_set_shadow(struct vmk_vcpu *vcpu, unsigned int shadow)
 static void
 svm_load(struct vmk_vcpu *vcpu)
 {
-	struct svm_cpu *c = &svm_cpus[vmk_cpu_id()];
-
-	/* What another guest taught the predictors is not for this one. */
-	if (c->last_vm != vcpu->vm) {
-		if (svm_ibpb && c->last_vm != NULL)
-			wrmsr(MSR_PRED_CMD, PRED_CMD_IBPB);
-		c->last_vm = vcpu->vm;
-	}
-	x86_load(vcpu, &svm(vcpu)->host);
+	x86_load(vcpu, &svm(vcpu)->host, &svm_cpus[vmk_cpu_id()].last_vm,
+	    svm_ibpb);
 }
 
 static void
@@ -538,6 +531,8 @@ take_back(struct vmk_vcpu *vcpu, uint64_t info)
 
 	if ((info & SVM_EV_VALID) == 0)
 		return;
+	/* It had been accepted; QEMU's TCG reports the host's own STI here. */
+	svm(vcpu)->vmcb->shadow = 0;
 	switch (info & SVM_EV_TYPE) {
 	case SVM_EV_INTR:
 		ev->irq_injected = true;

@@ -17,7 +17,7 @@
 /* Why the guest was left, in one vocabulary for both extensions. */
 enum vmk_exit_kind {
 	VMK_X_NONE,		/* host interrupt or NMI, already served */
-	VMK_X_ABORTED,		/* not entered: a request or signal came first */
+	VMK_X_ABORTED,		/* not entered: a request or signal first */
 	VMK_X_NESTED_FAULT,	/* gpa, write */
 	VMK_X_NESTED_WALK,	/* same, while walking the guest's tables */
 	VMK_X_IO,
@@ -34,7 +34,7 @@ enum vmk_exit_kind {
 	VMK_X_EXCEPTION,	/* vector, error_code */
 	VMK_X_IRQ_WINDOW,
 	VMK_X_NMI_WINDOW,
-	VMK_X_UD,		/* an instruction that the guest must not have */
+	VMK_X_UD,		/* an instruction that no guest may have */
 	VMK_X_GP,
 	VMK_X_SHUTDOWN,
 	VMK_X_INVALID,		/* the processor refused the state */
@@ -77,7 +77,7 @@ struct vmk_pte_format {
 	uint64_t	table;		/* bits of a non-leaf entry */
 	uint64_t	leaf;		/* bits of a readable leaf */
 	uint64_t	write;
-	uint64_t	large;		/* 0: no large leaves (CVE-2018-12207) */
+	uint64_t	large;		/* 0: none (CVE-2018-12207) */
 	uint64_t	dirty;
 };
 

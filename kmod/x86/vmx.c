@@ -59,7 +59,7 @@ struct vmx_cpu {
 	uint32_t	*region;	/* for VMXON */
 	uint64_t	 region_pa;
 	uint32_t	 on_gen;	/* == vmx_gen: VMX is on here */
-	struct vmk_vm	*last_vm;	/* compared, never dereferenced */
+	struct vmk_vm	*last_vm;	/* x86_load() */
 };
 
 /* Bits of vmx_vcpu.dirty. */
@@ -751,14 +751,8 @@ write_dirty(struct vmx_vcpu *s)
 static void
 vmx_load(struct vmk_vcpu *vcpu)
 {
-	struct vmx_cpu *c = &vmx_cpus[vmk_cpu_id()];
-
-	if (c->last_vm != vcpu->vm) {
-		if (vmx_ibpb && c->last_vm != NULL)
-			wrmsr(MSR_PRED_CMD, PRED_CMD_IBPB);
-		c->last_vm = vcpu->vm;
-	}
-	x86_load(vcpu, &vmx(vcpu)->host);
+	x86_load(vcpu, &vmx(vcpu)->host, &vmx_cpus[vmk_cpu_id()].last_vm,
+	    vmx_ibpb);
 }
 
 static void

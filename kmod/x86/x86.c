@@ -55,8 +55,15 @@ drs_read(uint64_t dr[4])
 }
 
 void
-x86_load(struct vmk_vcpu *vcpu, struct x86_host *h)
+x86_load(struct vmk_vcpu *vcpu, struct x86_host *h, struct vmk_vm **last,
+    bool ibpb)
 {
+	/* What another guest taught the predictors is not for this one. */
+	if (*last != vcpu->vm) {
+		if (ibpb && *last != NULL)
+			wrmsr(MSR_PRED_CMD, PRED_CMD_IBPB);
+		*last = vcpu->vm;
+	}
 	DR_READ(7, h->dr7);
 	if ((h->dr7 & DR7_ENABLED) != 0) {
 		DR_WRITE(7, 0UL);

@@ -79,7 +79,12 @@ struct x86_host {
 	uint64_t	dr7;
 };
 
-void	x86_load(struct vmk_vcpu *, struct x86_host *);
+/*
+ * *last is the machine that ran on this processor before, compared and never
+ * dereferenced; with ibpb another one's branch predictions are dropped.
+ */
+void	x86_load(struct vmk_vcpu *, struct x86_host *, struct vmk_vm **last,
+	    bool ibpb);
 void	x86_unload(struct vmk_vcpu *, struct x86_host *);
 
 #endif /* !VMK_X86_H */

@@ -796,6 +796,57 @@ test_lapic_state(void)
 	tap_done("chips: local APIC state");
 }
 
+/* HLT with something to deliver goes on at once. */
+static struct vmk_entry entered;
+static unsigned int entries;
+
+static void
+halt_then_stop(struct vmk_vcpu *vcpu, const struct vmk_entry *e,
+    struct vmk_exit *x)
+{
+	(void)vcpu;
+	entered = *e;
+	x->kind = ++entries == 1 ? VMK_X_HLT : VMK_X_SHUTDOWN;
+	x->insn_len = 1;
+}
+
+static void
+test_halt(void)
+{
+	struct abi_vcpu_events ev;
+	struct abi_regs g;
+	struct rig r;
+	int trap;
+
+	user_never_wait(true);
+	fake_enter = halt_then_stop;
+	for (trap = 0; trap < 2; trap++) {
+		up(&r, 1, false);
+		entries = 0;
+		memset(&g, 0, sizeof(g));
+		g.rflags = trap ? 0x102 : 0x202;
+		CHECK_EQ(user_ioctl(r.fd[0], ABI_SET_REGS, PTR(&g)), 0);
+		if (!trap) {
+			/* Accepted, but it has to wait behind a shadow. */
+			CHECK_EQ(user_ioctl(r.fd[0], ABI_GET_VCPU_EVENTS,
+			    PTR(&ev)), 0);
+			ev.flags = ABI_VCPUEVENT_SHADOW;
+			ev.interrupt.injected = 1;
+			ev.interrupt.nr = 0x40;
+			ev.interrupt.shadow = ABI_SHADOW_STI;
+			CHECK_EQ(user_ioctl(r.fd[0], ABI_SET_VCPU_EVENTS,
+			    PTR(&ev)), 0);
+		}
+		CHECK_EQ(user_ioctl(r.fd[0], ABI_RUN, 0), 0);
+		CHECK_EQ(entries, 2);
+		CHECK_EQ(entered.inject, trap ? VMK_INJ_EXC : VMK_INJ_IRQ);
+		CHECK_EQ(entered.vector, trap ? VMK_DB : 0x40);
+		down(&r, 1);
+	}
+	user_never_wait(false);
+	tap_done("chips: HLT does not sleep on an event");
+}
+
 int
 main(void)
 {
@@ -813,6 +864,7 @@ main(void)
 	test_routing();
 	test_split();
 	test_lapic_state();
+	test_halt();
 	CHECK_EQ(vmk_module_fini(), 0);
 	return (tap_failed != 0);
 }

@@ -4,8 +4,9 @@
  * that the same program tests Linux's driver and ours.
  *
  *   nested_test         TAP lines
+ *   nested_test slow    the same, less of what an interpreter is slow at
+ *   nested_test NAME... only these tests
  *   nested_test bench   exits per second
- *   nested_test has-irqchip  exit status 0 if so
  */
 #define	_GNU_SOURCE
 #include <errno.h>
@@ -36,7 +37,8 @@
 P(count); P(ports); P(cpuids); P(prefixed); P(mmio); P(strings); P(msrs);
 P(handlers); P(forbidden); P(hypercall); P(irq); P(irq_handler); P(spin);
 P(fpu); P(badxcr); P(touch); P(dirty); P(hammer); P(smp); P(triple);
-P(db_loop); P(control); P(real); P(mmios);
+P(db_loop); P(control); P(real); P(mmios); P(halts); P(halts_handler);
+P(probe);
 #define	LOAD_PAYLOAD(m, name)						\
 	load(m, pl_##name, (size_t)(pl_##name##_end - pl_##name))
 
@@ -47,6 +49,8 @@ struct machine {
 	uint32_t	 words[64];
 	unsigned int	 nwords;
 };
+
+static bool slow;
 
 static bool
 xioctl(int fd, unsigned long request, void *arg, int line)
@@ -73,7 +77,7 @@ map_slot(struct machine *m, unsigned int slot, uint64_t gpa, uint64_t size,
 static void
 add_vcpu(struct machine *m)
 {
-	struct { struct kvm_cpuid2 h; struct kvm_cpuid_entry2 e[256]; } *c;
+	struct kvm_cpuid2 *c;
 	int i = m->nvcpu++;
 	size_t size = (size_t)ioctl(m->kvm, KVM_GET_VCPU_MMAP_SIZE, 0);
 
@@ -81,8 +85,8 @@ add_vcpu(struct machine *m)
 	m->run[i] = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED,
 	    m->vcpu[i], 0);
 	CHECK(m->vcpu[i] >= 0 && m->run[i] != MAP_FAILED);
-	c = calloc(1, sizeof(*c));
-	c->h.nent = 256;
+	c = calloc(1, sizeof(*c) + 256 * sizeof(c->entries[0]));
+	c->nent = 256;
 	X(m->kvm, KVM_GET_SUPPORTED_CPUID, c);
 	X(m->vcpu[i], KVM_SET_CPUID2, c);
 	free(c);
@@ -100,9 +104,15 @@ long_mode(struct machine *m, int i)
 	struct kvm_sregs s;
 	struct kvm_regs g = { .rip = LOAD, .rflags = 2,
 		.rsp = 0x20000 - (uint64_t)i * 0x1000 };
+	/*
+	 * Bochs 2.7 leaves the host's interrupts masked in a guest that is
+	 * entered with IF clear, until the guest sets it.
+	 */
+	const uint64_t enabled = slow ? 0x200 : 0;
 	uint64_t gdt[3] = { 0, 0x00209b0000000000, 0x00cf93000000ffff };
 	unsigned int v;
 
+	g.rflags |= enabled;
 	p4[0] = 0x2007;
 	p3[0] = 0x3007;
 	for (v = 0; v < 512; v++)
@@ -138,13 +148,15 @@ long_mode(struct machine *m, int i)
 }
 
 static void
-up(struct machine *m, int nvcpu)
+up_with(struct machine *m, int nvcpu, bool irqchip)
 {
 	memset(m, 0, sizeof(*m));
 	m->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
 	m->vm = ioctl(m->kvm, KVM_CREATE_VM, 0);
 	CHECK(m->kvm >= 0 && m->vm >= 0);
 	X(m->vm, KVM_SET_TSS_ADDR, 0xfffbd000);
+	if (irqchip)
+		X(m->vm, KVM_CREATE_IRQCHIP, 0);
 	m->ram = mmap(NULL, RAM, PROT_READ | PROT_WRITE,
 	    MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	map_slot(m, 0, 0, RAM, m->ram, 0);
@@ -152,6 +164,12 @@ up(struct machine *m, int nvcpu)
 		add_vcpu(m);
 		long_mode(m, m->nvcpu - 1);
 	}
+}
+
+static void
+up(struct machine *m, int nvcpu)
+{
+	up_with(m, nvcpu, false);
 }
 
 static void
@@ -199,6 +217,17 @@ run(struct machine *m, int i)
 	}
 }
 
+/* A handler behind the payload, and its gate. */
+static void
+set_gate(struct machine *m, unsigned int vector, const uint8_t *p, size_t n)
+{
+	uint64_t at = LOAD + 0x800, gate[2] = { (at & 0xffff) | 8 << 16 |
+		0x8e00ULL << 32 | (at >> 16 & 0xffff) << 48, 0 };
+
+	memcpy(m->ram + at, p, n);
+	memcpy(m->ram + IDT + vector * 16, gate, 16);
+}
+
 static void
 set_rbx(struct machine *m, int i, uint64_t v)
 {
@@ -227,6 +256,39 @@ test_basic(void)
 	CHECK_EQ(g.rip, LOAD + (uint64_t)(pl_count_end - pl_count));
 	down(&m);
 	tap_done("guest: a loop in long mode, a port, HLT");
+}
+
+static double
+now(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return ((double)t.tv_sec + (double)t.tv_nsec * 1e-9);
+}
+
+/* A long loop that nothing may disturb, and as many exits as a boot has. */
+static void
+test_probe(void)
+{
+	unsigned int exits = slow ? 5000 : 100000;
+	struct machine m;
+	double t[3];
+
+	up(&m, 1);
+	LOAD_PAYLOAD(&m, probe);
+	set_rbx(&m, 0, exits);
+	t[0] = now();
+	CHECK_EQ(ioctl(m.vcpu[0], KVM_RUN, 0), 0);
+	CHECK_EQ(m.run[0]->exit_reason, KVM_EXIT_IO);
+	t[1] = now();
+	CHECK_EQ(run(&m, 0), KVM_EXIT_HLT);
+	t[2] = now();
+	CHECK_EQ(m.words[0], 0x600d);
+	printf("# 1000000 turns %.2f s, %u exits %.2f s\n", t[1] - t[0], exits,
+	    t[2] - t[1]);
+	down(&m);
+	tap_done("guest: a million turns, many exits");
 }
 
 static void
@@ -428,19 +490,14 @@ static void
 test_irq(void)
 {
 	struct kvm_interrupt irq = { 0x31 };
-	uint64_t at = LOAD + 0x800, gate[2];
 	struct machine m;
 	struct kvm_run *r;
 
 	up(&m, 1);
 	r = m.run[0];
 	LOAD_PAYLOAD(&m, irq);
-	memcpy(m.ram + at, pl_irq_handler,
+	set_gate(&m, 0x31, pl_irq_handler,
 	    (size_t)(pl_irq_handler_end - pl_irq_handler));
-	gate[0] = (at & 0xffff) | 8 << 16 | 0x8e00ULL << 32 |
-	    (at >> 16 & 0xffff) << 48;
-	gate[1] = 0;
-	memcpy(m.ram + IDT + 0x31 * 16, gate, 16);
 	/* IF is clear: the window opens after STI's shadow. */
 	r->request_interrupt_window = 1;
 	CHECK_EQ(run(&m, 0), KVM_EXIT_IRQ_WINDOW_OPEN);
@@ -458,11 +515,12 @@ static void
 test_fpu(void)
 {
 	struct machine m;
+	unsigned int exits;
 
 	up(&m, 1);
 	LOAD_PAYLOAD(&m, fpu);
 	/* The host uses the same registers between the exits. */
-	for (;;) {
+	for (exits = 0; exits < 2000; exits++) {
 		struct kvm_run *r = m.run[0];
 		volatile double d = 1.5;
 
@@ -480,6 +538,7 @@ test_fpu(void)
 		if (m.nwords > 8)
 			break;
 	}
+	CHECK_EQ(exits, 1002);
 	CHECK_EQ(m.run[0]->exit_reason, KVM_EXIT_HLT);
 	CHECK_EQ(m.words[0], 0x4000);		/* pi equals pi */
 	CHECK_EQ(m.words[1], 1000);
@@ -591,13 +650,11 @@ on_signal(int sig)
 static void
 test_kick(void)
 {
-	struct sigaction sa = { .sa_handler = on_signal };
 	struct timespec ms = { 0, 50000000 };
 	struct machine m;
 	struct thread t;
 	unsigned int i;
 
-	sigaction(SIGUSR1, &sa, NULL);
 	up(&m, 1);
 	LOAD_PAYLOAD(&m, spin);
 	for (i = 0; i < 5; i++) {
@@ -648,6 +705,82 @@ test_smp(void)
 	CHECK_EQ(*(uint32_t *)(m.ram + 0x7000), 400000);
 	down(&m);
 	tap_done("guest: four vCPUs share a counter");
+}
+
+/*
+ * Wake a vCPU n times that sleeps in the kernel's HLT, by an MSI, and give the
+ * median time until its handler ran; it has gap_ns to fall asleep.
+ */
+static int
+compare(const void *a, const void *b)
+{
+	double x = *(const double *)a, y = *(const double *)b;
+
+	return ((x > y) - (x < y));
+}
+
+static double
+wake(unsigned int n, long gap_ns)
+{
+	struct kvm_msi msi = { .address_lo = 0xfee00000, .data = 0x31 };
+	struct timespec gap = { 0, gap_ns };
+	volatile uint32_t *count;
+	double *took, median, t;
+	struct machine m;
+	struct thread th;
+	unsigned int i;
+
+	up_with(&m, 1, true);
+	LOAD_PAYLOAD(&m, halts);
+	set_gate(&m, 0x31, pl_halts_handler,
+	    (size_t)(pl_halts_handler_end - pl_halts_handler));
+	set_rbx(&m, 0, n);
+	count = (volatile uint32_t *)(void *)(m.ram + 0x7000);
+	took = calloc(n, sizeof(*took));
+	th = (struct thread){ .m = &m };
+	pthread_create(&th.id, NULL, thread_run, &th);
+	while (count[1] == 0)
+		nanosleep(&gap, NULL);
+	for (i = 0; i < n; i++) {
+		nanosleep(&gap, NULL);
+		t = now();
+		CHECK_EQ(ioctl(m.vm, KVM_SIGNAL_MSI, &msi), 1);
+		while (*count == i && now() - t < 10)
+			;
+		took[i] = now() - t;
+		if (*count == i)
+			break;
+	}
+	if (i < n) {
+		struct kvm_regs g;
+
+		/* It still runs, or sleeps: a signal ends either. */
+		m.run[0]->immediate_exit = 1;
+		pthread_kill(th.id, SIGUSR1);
+		pthread_join(th.id, NULL);
+		X(m.vcpu[0], KVM_GET_REGS, &g);
+		printf("# the %uth is lost: at %#llx, flags %#llx, word %#x\n",
+		    i, g.rip, g.rflags, m.words[0]);
+		tap_bad++;
+		down(&m);
+		return (1);
+	}
+	CHECK_EQ(*count, n);
+	pthread_join(th.id, NULL);
+	CHECK_EQ(th.result, KVM_EXIT_IO);
+	CHECK_EQ(m.run[0]->io.port, 0x12);
+	qsort(took, n, sizeof(*took), compare);
+	median = took[n / 2];
+	free(took);
+	down(&m);
+	return (median);
+}
+
+static void
+test_wake(void)
+{
+	printf("# asleep in HLT, woken in %.0f us\n", 1e6 * wake(100, 1000000));
+	tap_done("guest: an MSI ends HLT, a hundred times");
 }
 
 /* A slot goes while a vCPU is writing to it: the writes stop. */
@@ -711,6 +844,16 @@ pinned_pages(void)
 	return ((long)(a - r));
 }
 
+static void
+add_irqfd(struct machine *m)
+{
+	struct kvm_irqfd irqfd = { .fd = (uint32_t)eventfd(0, EFD_CLOEXEC),
+		.gsi = 5 };
+
+	X(m->vm, KVM_IRQFD, &irqfd);
+	close((int)irqfd.fd);
+}
+
 /* Killed while creating, running, exiting, deleting: nothing stays. */
 static void
 test_kill(void)
@@ -731,13 +874,18 @@ test_kill(void)
 			if (freopen("/dev/null", "w", stdout) == NULL)
 				_exit(1);
 			for (;;) {
-				up(&m, 2);
-				if (i % 3 == 0)
+				/* 3: HLT and the wait for SIPI, irqfd too. */
+				up_with(&m, 2, i % 4 == 3);
+				if (i % 4 == 0)
 					LOAD_PAYLOAD(&m, spin);
-				else if (i % 3 == 1)
+				else if (i % 4 == 1)
 					LOAD_PAYLOAD(&m, ports);
-				else
+				else if (i % 4 == 2)
 					LOAD_PAYLOAD(&m, touch);
+				else
+					LOAD_PAYLOAD(&m, halts);
+				if (i % 4 == 3)
+					add_irqfd(&m);
 				set_rbx(&m, 0, 0xffffffff);
 				set_rbx(&m, 1, 0xffffffff);
 				th = (struct thread){ .m = &m, .i = 1 };
@@ -758,15 +906,6 @@ test_kill(void)
 
 /* ---- measuring --------------------------------------------------------- */
 
-static double
-now(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return ((double)t.tv_sec + (double)t.tv_nsec * 1e-9);
-}
-
 static void
 bench_one(const char *name, const uint8_t *p, const uint8_t *end,
     unsigned int n)
@@ -783,38 +922,58 @@ bench_one(const char *name, const uint8_t *p, const uint8_t *end,
 	down(&m);
 }
 
+static const struct test {
+	const char	*name;
+	void		(*run)(void);
+} tests[] = {
+	{ "basic", test_basic },
+	{ "probe", test_probe },
+	{ "real", test_real },
+	{ "mmio", test_mmio },
+	{ "strings", test_strings },
+	{ "cpuid_msr", test_cpuid_msr },
+	{ "forbidden", test_forbidden },
+	{ "irq", test_irq },
+	{ "fpu", test_fpu },
+	{ "memory", test_memory },
+	{ "triple", test_triple },
+	{ "kick", test_kick },
+	{ "smp", test_smp },
+	{ "wake", test_wake },
+	{ "zap", test_zap },
+	{ "kill", test_kill },
+	{ NULL, NULL }
+};
+
+static bool
+named(const char *name, int argc, char **argv)
+{
+	while (--argc > 0)
+		if (strcmp(argv[argc], name) == 0)
+			return (true);
+	return (false);
+}
+
 int
 main(int argc, char **argv)
 {
-	unsigned int i;
+	struct sigaction sa = { .sa_handler = on_signal };
+	const struct test *t;
+	int i;
 
+	sigaction(SIGUSR1, &sa, NULL);
 	setbuf(stdout, NULL);
 	if (argc > 1 && strcmp(argv[1], "bench") == 0) {
-		for (i = 0; i < 4; i++) {
-			bench_one("cpuid", pl_cpuids, pl_cpuids_end, 30000);
-			bench_one("port", pl_ports, pl_ports_end, 30000);
-			bench_one("mmio", pl_mmios, pl_mmios_end, 10000);
-		}
-		return (0);
+		bench_one("cpuid", pl_cpuids, pl_cpuids_end, 30000);
+		bench_one("port", pl_ports, pl_ports_end, 30000);
+		bench_one("mmio", pl_mmios, pl_mmios_end, 10000);
+		printf("bench hlt-wakeup %.0f\n", 1 / wake(300, 1000000));
+		return (tap_bad != 0);
 	}
-	if (argc > 1 && strcmp(argv[1], "has-irqchip") == 0) {
-		int kvm = open("/dev/kvm", O_RDWR);
-
-		return (ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_IRQCHIP) <= 0);
-	}
-	test_basic();
-	test_real();
-	test_mmio();
-	test_strings();
-	test_cpuid_msr();
-	test_forbidden();
-	test_irq();
-	test_fpu();
-	test_memory();
-	test_triple();
-	test_kick();
-	test_smp();
-	test_zap();
-	test_kill();
+	for (i = 1; i < argc; i++)
+		slow |= strcmp(argv[i], "slow") == 0;
+	for (t = tests; t->name != NULL; t++)
+		if (argc - slow == 1 || named(t->name, argc, argv))
+			t->run();
 	return (tap_failed != 0);
 }

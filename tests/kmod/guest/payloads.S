@@ -40,6 +40,49 @@ PAYLOAD ports
 	hlt
 END ports
 
+/* A million turns, then EBX port writes. */
+PAYLOAD probe
+	movl	$1000000, %ecx
+1:	decl	%ecx
+	jnz	1b
+	movl	%ecx, %eax
+	REPORT
+2:	outb	%al, $0x11
+	decl	%ebx
+	jnz	2b
+	movl	$0x600d, %eax
+	REPORT
+	hlt
+END probe
+
+/* HLT with an x2APIC until there were EBX interrupts; then port 0x12. */
+PAYLOAD halts
+	movl	$0x1b, %ecx
+	rdmsr
+	orl	$0xc00, %eax
+	wrmsr
+	movl	$0x80f, %ecx
+	movl	$0x1ff, %eax
+	xorl	%edx, %edx
+	wrmsr
+	incl	0x7004				/* ready */
+1:	sti
+	hlt
+	cli
+	cmpl	%ebx, 0x7000
+	jb	1b
+	outb	%al, $0x12
+END halts
+	.balign	64
+PAYLOAD halts_handler
+	incl	0x7000
+	movl	$0x80b, %ecx			/* EOI */
+	xorl	%eax, %eax
+	xorl	%edx, %edx
+	wrmsr
+	iretq
+END halts_handler
+
 PAYLOAD mmios
 	movl	$0x18000000, %edi
 1:	movl	%eax, (%rdi)

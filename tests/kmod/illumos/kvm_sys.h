@@ -242,7 +242,10 @@ int	closef(file_t *);
 
 /* Drivers. */
 typedef struct dev_info { int nodes; int nprops; } dev_info_t;
-typedef struct devmap { ddi_umem_cookie_t cookie; size_t len; } *devmap_cookie_t;
+typedef struct devmap {
+	ddi_umem_cookie_t cookie;
+	size_t		 len;
+} *devmap_cookie_t;
 typedef struct as *ddi_as_handle_t;
 typedef enum { DDI_ATTACH, DDI_RESUME } ddi_attach_cmd_t;
 typedef enum { DDI_DETACH, DDI_SUSPEND } ddi_detach_cmd_t;

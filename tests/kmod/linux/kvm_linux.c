@@ -1,4 +1,4 @@
-// SPDX-License-Identifier: BSD-2-Clause
+/* SPDX-License-Identifier: BSD-2-Clause */
 /*
  * kvm_linux.c: vmk_os.h on a Linux 6.1 kernel, for tests only.
  *
