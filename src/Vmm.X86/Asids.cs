@@ -24,7 +24,11 @@ internal static unsafe class Asids
             cpu->PcidAsids[pcid] = (ushort)asid;
         }
 
-        cpu->TlbAsid = asid;
+        if (cpu->TlbAsid != asid)
+        {
+            cpu->TlbAsid = asid;
+            Sites.Drop(cpu);
+        }
     }
 
     /// <summary>Forgets the translations of a PCID other than the current one.</summary>
@@ -49,6 +53,7 @@ internal static unsafe class Asids
             Unsafe.InitBlock(cpu->PcidAsids, 0, Pcids * sizeof(ushort));
             cpu->Blocks.ForgetAll();
             cpu->LastAsid = 0;
+            Sites.Drop(cpu);
         }
 
         return ++cpu->LastAsid;

@@ -110,6 +110,9 @@ internal unsafe struct Block
     /// <summary>Times that the interpreter ran it.</summary>
     public int Hits;
 
+    /// <summary>Bit n: the n-th instruction's operand wanders from page to page (Translate/Sites.cs).</summary>
+    public uint TlbInsns;
+
     /// <summary>Arithmetic flags that the block reads before it writes them, with bit 8 set; 0: not known yet.</summary>
     public int FlagsIn;
 }
@@ -144,11 +147,23 @@ internal unsafe struct BlockCache
     /// <summary>Times that the arena filled up.</summary>
     public long Overflows;
 
-    /// <summary>Entries of the indirect-branch cache (Translate/CodeCache.cs).</summary>
-    public const int Branches = 1 << 14;
+    /// <summary>Entries of the indirect-branch cache (Translate/Translator.Branches.cs).</summary>
+    public const int Branches = 1 << 13;
 
-    /// <summary>Tags of the indirect-branch cache.</summary>
-    public ulong* BranchTags;
+    /// <summary>Entries that the addresses of one page can have: a window of the table.</summary>
+    public const int BranchWindow = 1 << 11;
+
+    /// <summary>Direct branches to other pages that may be linked at a time.</summary>
+    public const int MaxFarSites = 4096;
+
+    /// <summary>Tags and targets of the indirect-branch cache, alternating.</summary>
+    public ulong* BranchTable;
+
+    /// <summary>Linked branches to other pages: where each starts (CodeCache.LinkFar).</summary>
+    public byte** FarSites;
+
+    /// <summary>Entries of FarSites.</summary>
+    public int FarCount;
 
     /// <summary>Bit n: the indirect-branch cache has an entry of a page that hashes to n.</summary>
     public ulong BranchPages0;
@@ -167,6 +182,9 @@ internal unsafe struct BlockCache
         return Jumps + (((row & (Rows - 1)) * RowEntries) + (column & (RowEntries - 1)));
     }
 
+    /// <summary>Where a linear address has its entry in <see cref="BranchTable"/>: the index of its tag.</summary>
+    public static ulong BranchSlot(ulong linear) => ((linear >> 11) ^ linear) & ((Branches - 1) << 1);
+
     /// <summary>Drops jump-cache entries of a page and of instructions that cross into it.</summary>
     public void ForgetPage(ulong linear)
     {
@@ -177,22 +195,37 @@ internal unsafe struct BlockCache
         {
             if (((pages[bit >> 6] >> (bit & 63)) & 1) != 0)
             {
-                ForgetBranches();
+                // SAFETY: a window is a power of two of entries, and so is the table.
+                ulong window = BranchSlot(linear) & ~(((ulong)BranchWindow * 2) - 1);
+                Unsafe.InitBlock(BranchTable + window, 0, BranchWindow * 2 * sizeof(ulong));
+                UnlinkFar();
             }
         }
     }
 
-    /// <summary>Drops the indirect-branch cache.</summary>
+    /// <summary>Drops the indirect-branch cache and the links to other pages.</summary>
     public void ForgetBranches()
     {
         if ((BranchPages0 | BranchPages1 | BranchPages2 | BranchPages3) != 0)
         {
-            Unsafe.InitBlock(BranchTags, 0, Branches * sizeof(ulong));
+            Unsafe.InitBlock(BranchTable, 0, Branches * 2 * sizeof(ulong));
             BranchPages0 = 0;
             BranchPages1 = 0;
             BranchPages2 = 0;
             BranchPages3 = 0;
+            UnlinkFar();
         }
+    }
+
+    /// <summary>Lets branches to other pages ask the dispatcher again.</summary>
+    public void UnlinkFar()
+    {
+        for (int i = 0; i < FarCount; i++)
+        {
+            CodeCache.UnlinkFar(FarSites[i]);
+        }
+
+        FarCount = 0;
     }
 
     /// <summary>Number of a linear page in the filter, 0 to 255.</summary>
@@ -209,6 +242,7 @@ internal unsafe struct BlockCache
     public void Clear()
     {
         ForgetAll();
+        FarCount = 0;
         // SAFETY: the vCPU allocated Hash with Buckets entries and frees it after the last Run.
         NativeMemory.Clear(Hash, (nuint)(Buckets * sizeof(Block*)));
         Used = 0;

@@ -98,6 +98,9 @@ internal static class RequestBits
 
     /// <summary>Code was overwritten: generated code of it must be cut off (VmShared.CodeWriteRing).</summary>
     public const int Code = 8;
+
+    /// <summary>Another vCPU has decoded code from a page: sites for stores must be emptied (Sites.cs).</summary>
+    public const int Stores = 16;
 }
 
 /// <summary>
@@ -113,14 +116,17 @@ internal unsafe struct CpuContext
     /// <summary>Where the TLB tables lie, reached by generated code through GS like everything here.</summary>
     public const int TlbOffset = SizeBytes;
 
-    /// <summary>Tags of the indirect-branch cache.</summary>
-    public const int BranchTagsOffset = TlbOffset + (TlbEntry.Tables * TlbEntry.Count * TlbEntry.SizeBytes);
+    /// <summary>The indirect-branch cache: tags and targets, alternating.</summary>
+    public const int BranchesOffset = TlbOffset + (TlbEntry.Tables * TlbEntry.Count * TlbEntry.SizeBytes);
 
-    /// <summary>Targets of the indirect-branch cache.</summary>
-    public const int BranchTargetsOffset = BranchTagsOffset + (BlockCache.Branches * sizeof(ulong));
+    /// <summary>Translations cached by places in generated code (Translate/Sites.cs).</summary>
+    public const int SitesOffset = BranchesOffset + (BlockCache.Branches * 2 * sizeof(ulong));
+
+    /// <summary>Offsets of the sites that are filled.</summary>
+    public const int SiteJournalOffset = SitesOffset + (Sites.Count * Sites.EntryBytes);
 
     /// <summary>Bytes of the context and the tables behind it.</summary>
-    public const int TotalBytes = BranchTargetsOffset + (BlockCache.Branches * sizeof(ulong));
+    public const int TotalBytes = SiteJournalOffset + (Sites.Count * sizeof(int));
 
     /// <summary>Where the XSAVE area starts: standard (non-compacted) format, 64-byte aligned, 4096 bytes.</summary>
     public const int XsaveOffset = 0x1000;
@@ -163,7 +169,7 @@ internal unsafe struct CpuContext
     public ulong Rdi;
 
     /// <summary>Instruction pointer; exact at block boundaries.</summary>
-    [FieldOffset(0x80)]
+    [FieldOffset(Offsets.Rip)]
     public ulong Rip;
 
     /// <summary>Instruction pointer of the running block's first instruction.</summary>
@@ -187,11 +193,11 @@ internal unsafe struct CpuContext
     public ulong FlagDelta;
 
     /// <summary>RFLAGS without CF PF AF ZF SF OF; bit 1 is set.</summary>
-    [FieldOffset(0xB0)]
+    [FieldOffset(Offsets.RflagsSystem)]
     public ulong RflagsSystem;
 
     /// <summary><see cref="RequestBits"/>; written by any thread with atomics, polled between blocks.</summary>
-    [FieldOffset(0xB8)]
+    [FieldOffset(Offsets.Request)]
     public int Request;
 
     /// <summary>
@@ -207,7 +213,7 @@ internal unsafe struct CpuContext
     public TlbEntry* Tlb;
 
     /// <summary>Low 12 bits of a valid tag of the current address space, never 0.</summary>
-    [FieldOffset(0xC8)]
+    [FieldOffset(Offsets.TlbAsid)]
     public ulong TlbAsid;
 
     /// <summary>What ESP/RSP is masked with for stack accesses: 0xFFFF, 0xFFFFFFFF or all ones.</summary>
@@ -313,7 +319,7 @@ internal unsafe struct CpuContext
     public int Safe;
 
     /// <summary>1 while the interrupt port may have something deliverable (cheap filter before asking it).</summary>
-    [FieldOffset(0x2AC)]
+    [FieldOffset(Offsets.InterruptHint)]
     public int InterruptHint;
 
     /// <summary>An NMI that state restore brought along.</summary>
@@ -385,43 +391,59 @@ internal unsafe struct CpuContext
     public int StackFlat;
 
     /// <summary>Generated code: linear address of the page whose code runs.</summary>
-    [FieldOffset(0x3B0)]
+    [FieldOffset(Offsets.CodeBase)]
     public ulong CodeBase;
 
     /// <summary>Generated code: arithmetic flags as LAHF (bits 15:8) and SETO (bits 7:0) leave them in AX.</summary>
-    [FieldOffset(0x3B8)]
+    [FieldOffset(Offsets.FlagImage)]
     public ulong FlagImage;
 
     /// <summary>Generated code: 0 vector registers are in the context; 1 XMM, 2 YMM are in the host's registers.</summary>
-    [FieldOffset(0x3C0)]
+    [FieldOffset(Offsets.VectorsLoaded)]
     public int VectorsLoaded;
 
     /// <summary>What <see cref="VectorsLoaded"/> may become: 0 where an instruction would raise an exception.</summary>
-    [FieldOffset(0x3C4)]
+    [FieldOffset(Offsets.VectorsReady)]
     public int VectorsReady;
 
     /// <summary>Generated code left through this exit record, or for this record's handler.</summary>
-    [FieldOffset(0x3C8)]
+    [FieldOffset(Offsets.ExitInfo)]
     public ulong ExitInfo;
 
     /// <summary>This context's address.</summary>
-    [FieldOffset(0x3D0)]
+    [FieldOffset(Offsets.Self)]
     public CpuContext* Self;
 
     /// <summary>The function behind the handler stub.</summary>
-    [FieldOffset(0x3D8)]
+    [FieldOffset(Offsets.Helper)]
     public nint Helper;
 
     /// <summary>Generated code: the guest's x87 state is in the host's unit.</summary>
-    [FieldOffset(0x3EC)]
+    [FieldOffset(Offsets.X87Loaded)]
     public int X87Loaded;
 
     /// <summary>What <see cref="X87Loaded"/> may become: 0 where an instruction would raise an exception.</summary>
-    [FieldOffset(0x3F0)]
+    [FieldOffset(Offsets.X87Ready)]
     public int X87Ready;
 
+    /// <summary>Entries of the site journal.</summary>
+    [FieldOffset(Offsets.SiteCount)]
+    public int SiteCount;
+
+    /// <summary>First page's flags of the main memory (Sites.FindMainMemory).</summary>
+    [FieldOffset(Offsets.SiteFlagsLow)]
+    public ulong SiteFlagsLow;
+
+    /// <summary>Pages of it.</summary>
+    [FieldOffset(Offsets.SiteFlagsLength)]
+    public ulong SiteFlagsLength;
+
+    /// <summary>1 when the place that calls the handler should look into the TLB instead of having a site.</summary>
+    [FieldOffset(Offsets.Thrashing)]
+    public int Thrashing;
+
     /// <summary>Current privilege level, 0 to 3.</summary>
-    [FieldOffset(0x3E8)]
+    [FieldOffset(Offsets.Cpl)]
     public int Cpl;
 
     /// <summary>Invalidations of code (VmShared.CodeWrites) that this vCPU has acted upon.</summary>

@@ -146,6 +146,8 @@ internal static unsafe class Paging
     public static void FlushAll(CpuContext* cpu)
     {
         Asids.Reset(cpu);
+        Sites.Drop(cpu);
+        Sites.FindMainMemory(cpu);
         cpu->LargePages = 0;
         cpu->Blocks.ForgetBranches();
     }
@@ -161,6 +163,7 @@ internal static unsafe class Paging
             return;
         }
 
+        Sites.DropPage(cpu, linear);
         ulong slot = (linear >> 12) & (TlbEntry.Count - 1);
         for (int table = 0; table < TlbEntry.Tables - 1; table++)
         {

@@ -30,7 +30,14 @@ public sealed unsafe partial class SoftVcpu
     /// <summary>The block at RIP; null after raising a fault (with RIP at the fetch).</summary>
     internal Block* FindBlock(CpuContext* cpu, uint key)
     {
-        Volatile.Write(ref cpu->SeenEpoch, Volatile.Read(ref cpu->Shared->Epoch));
+        Interlocked.Exchange(ref cpu->SeenEpoch, Volatile.Read(ref cpu->Shared->Epoch));
+        if ((Volatile.Read(ref cpu->Request) & RequestBits.Stores) != 0)
+        {
+            // Before the code runs for which this vCPU counts as having passed.
+            Interlocked.And(ref cpu->Request, ~RequestBits.Stores);
+            Sites.DropStores(cpu);
+        }
+
         SegmentRegister* cs = CpuContext.Segment(cpu, Seg.Cs);
         ulong linear = cpu->Rip + cs->EffectiveBase;
         uint room = uint.MaxValue;
@@ -386,6 +393,15 @@ public sealed unsafe partial class SoftVcpu
         if (flags != null && (Volatile.Read(ref *flags) & (byte)PageFlags.Code) == 0)
         {
             AtomicByte.Or(flags, (byte)PageFlags.Code);
+            Sites.DropStores(cpu);
+            for (int i = 0; i < VmShared.MaxVcpus && cpu->Shared->Vcpus > 1; i++)
+            {
+                var other = (CpuContext*)Volatile.Read(ref cpu->Shared->Contexts[i]);
+                if (other != null && other != cpu)
+                {
+                    Interlocked.Or(ref other->Request, RequestBits.Stores);
+                }
+            }
         }
 
         long mask = CodePages.Mask(host, length);

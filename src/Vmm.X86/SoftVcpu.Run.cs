@@ -151,7 +151,12 @@ public sealed unsafe partial class SoftVcpu
                     FlushRequested();
                 }
 
-                Interlocked.And(ref cpu->Request, ~(RequestBits.Look | RequestBits.Kick | RequestBits.Code));
+                Interlocked.And(ref cpu->Request, ~(RequestBits.Look | RequestBits.Kick | RequestBits.Code | RequestBits.Stores));
+                if ((request & RequestBits.Stores) != 0)
+                {
+                    Sites.DropStores(cpu);
+                }
+
                 if ((request & RequestBits.Code) != 0)
                 {
                     CutOverwrittenCode(cpu);

@@ -32,7 +32,8 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         _cpu->Shared = vm.Shared;
         VectorUnit.Initialise(_cpu);
         _cpu->Tlbs = (TlbEntry*)((byte*)_cpu + CpuContext.TlbOffset);
-        _cpu->Blocks.BranchTags = (ulong*)((byte*)_cpu + CpuContext.BranchTagsOffset);
+        _cpu->Blocks.BranchTable = (ulong*)((byte*)_cpu + CpuContext.BranchesOffset);
+        _cpu->Blocks.FarSites = (byte**)Allocate<nint>(BlockCache.MaxFarSites, 64);
         _cpu->PcidAsids = Allocate<ushort>(Asids.Pcids, 64);
         _cpu->Blocks.Jumps = Allocate<JumpEntry>(BlockCache.Rows * BlockCache.RowEntries, 64);
         _cpu->Blocks.Hash = (Block**)Allocate<nint>(BlockCache.Buckets, 64);
@@ -116,6 +117,7 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         NativeMemory.AlignedFree(_cpu->PcidAsids);
         NativeMemory.AlignedFree(_cpu->Blocks.Jumps);
         NativeMemory.AlignedFree(_cpu->Blocks.Hash);
+        NativeMemory.AlignedFree(_cpu->Blocks.FarSites);
         NativeMemory.AlignedFree(_cpu->Blocks.Arena);
         NativeMemory.AlignedFree(_cpu);
         _cpu = null;

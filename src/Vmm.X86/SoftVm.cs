@@ -272,6 +272,7 @@ public sealed unsafe class SoftVm : IVm
                 Host = (byte*)sorted[i].HostAddress,
                 PageFlags = (byte*)sorted[i].PageFlags,
                 ReadOnly = sorted[i].ReadOnly,
+                LogDirty = sorted[i].LogDirty,
             };
         }
 

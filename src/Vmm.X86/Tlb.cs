@@ -76,6 +76,9 @@ internal unsafe struct SlotInfo
     public byte* Host;
     public byte* PageFlags;
     public bool ReadOnly;
+
+    /// <summary>Somebody takes dirty flags away while the guest runs.</summary>
+    public bool LogDirty;
 }
 
 /// <summary>Immutable; replaced as a whole.</summary>

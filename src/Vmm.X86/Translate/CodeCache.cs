@@ -33,6 +33,35 @@ internal enum ExitKindOfCode
 
     /// <summary>A request was seen: Rip is the offset, nothing to patch.</summary>
     Poll,
+
+    /// <summary>A direct branch to another page: Site is its start, with the layout of <see cref="FarBranch"/>.</summary>
+    Far,
+}
+
+/// <summary>
+/// Code of a direct branch to another page. It may jump to its target directly while the same page of linear addresses
+/// is running in the same address space and mode, and nobody has asked for attention:
+///
+///     jmp exit                   unlinked; a NOP when linked; "jmp probe" where the target's mapping is not lasting
+///     mov T0, gs:[CodeBase]; xor T0, gs:[Request and BranchTag]
+///     mov T1, imm64; cmp T0, T1; jne probe
+///     mov T0, imm64; mov gs:[CodeBase], T0; jmp target
+///     exit: mov T0, record; jmp ExitFlagImage
+///     probe:
+/// </summary>
+internal static class FarBranch
+{
+    /// <summary>Offset of the expected page and tag.</summary>
+    public const int Expected = 5 + 9 + 9 + 2;
+
+    /// <summary>Offset of the target's page.</summary>
+    public const int Page = Expected + 8 + 3 + 6 + 2;
+
+    /// <summary>Offset behind the jump to the target.</summary>
+    public const int Exit = Page + 8 + 9 + 5;
+
+    /// <summary>Offset of the probe.</summary>
+    public const int Probe = Exit + 11;
 }
 
 /// <summary>One way out of a block.</summary>
@@ -161,12 +190,61 @@ internal sealed unsafe class CodeCache : IDisposable
             }
 
             *at = block->NextNative;
-            byte* stale = Exits[block->SelfExit].Site;
-            PatchEntry(block->EntryHostFlags, stale);
-            PatchEntry(block->EntryFlagImage, stale + StaleBytes);
-            block->EntryHostFlags = null;
-            block->EntryFlagImage = null;
+            Detach(block);
         }
+    }
+
+    /// <summary>Cuts off one block, so that it is translated again.</summary>
+    public void Retire(CpuContext* cpu, Block* block)
+    {
+        Block** at = &_pages[PageIndex(cpu, block)];
+        while (*at != null && *at != block)
+        {
+            at = &(*at)->NextNative;
+        }
+
+        if (*at != null)
+        {
+            *at = block->NextNative;
+            Detach(block);
+        }
+    }
+
+    /// <summary>Lets a branch to another page go to its target directly.</summary>
+    /// <param name="cpu">Its context.</param>
+    /// <param name="site">Start of the branch.</param>
+    /// <param name="expected">CodeBase at the branch, xor-ed with the tag word.</param>
+    /// <param name="page">CodeBase at the target.</param>
+    /// <param name="target">The target's entry.</param>
+    // SAFETY: the layout is FarBranch's, and the thread that executes this code is here and not there.
+    public void LinkFar(CpuContext* cpu, byte* site, ulong expected, ulong page, byte* target)
+    {
+        if (cpu->Blocks.FarCount == BlockCache.MaxFarSites)
+        {
+            cpu->Blocks.UnlinkFar();
+        }
+
+        cpu->Blocks.FarSites[cpu->Blocks.FarCount++] = site;
+        *(ulong*)(site + FarBranch.Expected) = expected;
+        *(ulong*)(site + FarBranch.Page) = page;
+        byte* jump = site + FarBranch.Exit;
+        *(int*)(jump - 4) = (int)(target - ExecuteDelta - jump);
+        var emitter = new Emitter(site);
+        emitter.Nop5();
+    }
+
+    /// <summary>Lets a branch to another page ask the dispatcher.</summary>
+    public static void UnlinkFar(byte* site)
+    {
+        var emitter = new Emitter(site);
+        emitter.Jump(site + FarBranch.Exit);
+    }
+
+    /// <summary>Lets a branch to another page always probe the indirect-branch cache.</summary>
+    public static void ProbeFar(byte* site)
+    {
+        var emitter = new Emitter(site);
+        emitter.Jump(site + FarBranch.Probe);
     }
 
     /// <inheritdoc/>
@@ -175,6 +253,15 @@ internal sealed unsafe class CodeCache : IDisposable
         NativeMemory.Free(Exits);
         NativeMemory.Free(_pages);
         _owner.ReturnArena(_write);
+    }
+
+    private void Detach(Block* block)
+    {
+        byte* stale = Exits[block->SelfExit].Site;
+        PatchEntry(block->EntryHostFlags, stale);
+        PatchEntry(block->EntryFlagImage, stale + StaleBytes);
+        block->EntryHostFlags = null;
+        block->EntryFlagImage = null;
     }
 
     private static int PageIndex(CpuContext* cpu, Block* block)

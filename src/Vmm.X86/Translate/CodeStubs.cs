@@ -13,6 +13,8 @@ namespace Vmm.X86;
 //     ExitHostFlags    T0 = exit record: saves the host's flags, then like
 //     ExitFlagImage    T0 = exit record: leaves to the dispatcher
 //     Interpret        T0 = a record, T1 = its block: leaves, and the interpreter goes on there
+//     FillSite         called with T0 = a linear address, T1 = a site (its offset, and the operand's size - 1 from bit 24
+//                      on): fills the site from the TLB; ZF set and T1 = addend when it could; keeps T0
 //     LoadX87          called: the same for the x87 state
 //     LoadVectors      called: loads the guest's vector registers and MXCSR; CF set when it must not (T0 is lost)
 //
@@ -72,6 +74,12 @@ internal sealed unsafe class CodeStubs
         e.Alu(AluOp.Or, Host.T0, Host.T1);
         e.Store(HostMemory.Context(Offsets.ExitInfo), Host.T0);
         EmitLeave(ref e, saveVectors, saveX87, ExitCode.Interpret);
+        for (int i = 0; i < Sites.Classes; i++)
+        {
+            FillSite[i] = (nint)Align(ref e);
+            EmitFillSite(ref e, i);
+        }
+
         Handler = Align(ref e);
         EmitHandler(ref e, saveVectors, loadVectors, saveX87, loadX87);
         Enter = (delegate* unmanaged<CpuContext*, byte*, ulong>)(enter + executeDelta);
@@ -96,6 +104,9 @@ internal sealed unsafe class CodeStubs
 
     public byte* LoadX87 { get; }
 
+    /// <summary>For each class of sites.</summary>
+    public nint[] FillSite { get; } = new nint[Sites.Classes];
+
     /// <summary>FlagImage = the host's flags. Leaves the host's flags undefined.</summary>
     public static void SaveFlags(ref Emitter e, int scratch)
     {
@@ -114,6 +125,158 @@ internal sealed unsafe class CodeStubs
         e.AddAl(0x7F);
         e.Sahf();
         e.Move(Host.Rax, scratch);
+    }
+
+    // SAFETY: the same check as the inline one of the interpreter (Mem.Read, Mem.WritePointer): first and last byte lie in
+    // the page that the entry names. A site grows over neighbours only where the TLB has them with the same addend.
+    private static void EmitFillSite(ref Emitter e, int kind)
+    {
+        bool isStore = (kind & 2) != 0;
+        int table = CpuContext.TlbOffset + ((kind >> 2) * TlbEntry.Count * TlbEntry.SizeBytes);
+        e.Push(Host.Rax);
+        e.Push(Host.Rcx);
+        e.Move32(Host.Rcx, Host.T1);
+        e.Shift(5, Host.Rcx, 24);
+        e.AluImmediate(AluOp.And, Host.T1, 0xFFFFFF, wide: false);
+        e.Lea(Host.Rcx, new HostMemory(Host.T0, Host.Rcx, 0, 0));
+        e.AluImmediate(AluOp.And, Host.Rcx, -4096);
+        e.Move(Host.Rax, Host.T0);
+        EmitFind(ref e, table, isStore);
+        byte* missing = e.JumpIf(HostCondition.NotEqual);
+        byte* unwritten = null;
+        byte* outside = null;
+        if (isStore)
+        {
+            EmitFlagsCheck(ref e, table, out unwritten, out outside);
+        }
+
+        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Host.T1, Sites.Limit), 0, wide: true);
+        byte* filled = e.JumpIf(HostCondition.NotEqual);
+        e.Load32(Host.Rcx, HostMemory.Context(Offsets.SiteCount));
+        e.Store32(
+            new HostMemory(Host.None, Host.Rcx, 2, CpuContext.SiteJournalOffset, isContext: true), Host.T1);
+        e.AluImmediate8(AluOp.Add, HostMemory.Context(Offsets.SiteCount), 1);
+        e.Land(filled);
+        e.Push(Host.Rdx);
+        e.Push(Host.Rbx);
+        e.Push(Host.Rsi);
+        e.Push(Host.Rdi);
+        EmitThrashCheck(ref e);
+        e.Load(Host.Rdx, HostMemory.Context(Host.Rax, table + Sites.TlbAddend));
+        e.Move(Host.Rbx, Host.T0);
+        e.AluImmediate(AluOp.And, Host.Rbx, -4096);
+        e.Lea(Host.Rsi, new HostMemory(Host.Rbx, 4096));
+
+        // A place that goes to and fro must not pay for neighbours that are not there each time.
+        e.Load32(Host.Rcx, HostMemory.Context(Host.T1, Sites.Misses));
+        e.AluImmediate(AluOp.And, Host.Rcx, Sites.MissesOfGrowth - 1, wide: false);
+        e.AluImmediate(AluOp.Cmp, Host.Rcx, 1);
+        byte* stays = e.JumpIf(HostCondition.NotEqual);
+        EmitGrow(ref e, table, isStore, Host.Rsi, 0, 4096);
+        EmitGrow(ref e, table, isStore, Host.Rbx, -4096, -4096);
+        e.Land(stays);
+        e.Store(HostMemory.Context(Host.T1, Sites.Low), Host.Rbx);
+        e.Alu(AluOp.Sub, Host.Rsi, Host.Rbx);
+        e.AluImmediate(AluOp.Sub, Host.Rsi, ((kind & 1) != 0 ? Sites.LongBytes : Sites.ShortBytes) - 1);
+        e.Store(HostMemory.Context(Host.T1, Sites.Limit), Host.Rsi);
+        e.Store(HostMemory.Context(Host.T1, Sites.Addend), Host.Rdx);
+        e.Pop(Host.Rdi);
+        e.Pop(Host.Rsi);
+        e.Pop(Host.Rbx);
+        e.Pop(Host.Rdx);
+        if (isStore)
+        {
+            e.Land(outside);
+        }
+
+        // With ZF clear when the place thrashes: the helper hears of it.
+        e.Load(Host.T1, HostMemory.Context(Host.Rax, table + Sites.TlbAddend));
+        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.Thrashing), 0);
+        e.Land(missing);
+        if (isStore)
+        {
+            e.Land(unwritten);
+        }
+
+        e.Pop(Host.Rcx);
+        e.Pop(Host.Rax);
+        e.Return();
+    }
+
+    // Counts a miss of the site in T1. Many of them in a short time: the place does not stay in a page, and had better look
+    // into the TLB each time. Destroys RCX and RDX.
+    private static void EmitThrashCheck(ref Emitter e)
+    {
+        e.AluImmediate8(AluOp.Add, HostMemory.Context(Host.T1, Sites.Misses), 1);
+        e.Load32(Host.Rcx, HostMemory.Context(Host.T1, Sites.Misses));
+        e.AluImmediate(AluOp.And, Host.Rcx, Sites.MissesOfThrash - 1, wide: false);
+        byte* few = e.JumpIf(HostCondition.NotEqual);
+        e.Push(Host.Rax);
+        e.Byte(0x0F);
+        e.Byte(0x31);
+        e.Move32(Host.Rcx, Host.Rax);
+        e.Alu32(AluOp.Sub, Host.Rcx, HostMemory.Context(Host.T1, Sites.Since));
+        e.Store32(HostMemory.Context(Host.T1, Sites.Since), Host.Rax);
+        e.Pop(Host.Rax);
+        e.AluImmediate(AluOp.Cmp, Host.Rcx, Sites.MissesOfThrash * Sites.CyclesOfThrash, wide: false);
+        byte* slow = e.JumpIf(HostCondition.AboveOrEqual);
+        e.StoreImmediate32(HostMemory.Context(Offsets.Thrashing), 1);
+        e.Land(slow);
+        e.Land(few);
+    }
+
+    // RAX: a linear address, becomes the offset of its TLB entry; RCX: a page, becomes a tag. ZF: it is the entry's.
+    private static void EmitFind(ref Emitter e, int table, bool isStore)
+    {
+        e.Shift(5, Host.Rax, 7);
+        e.AluImmediate(AluOp.And, Host.Rax, (TlbEntry.Count - 1) << 5, wide: false);
+        e.Alu(AluOp.Or, Host.Rcx, HostMemory.Context(Offsets.TlbAsid));
+        e.Alu(
+            AluOp.Cmp, Host.Rcx, HostMemory.Context(Host.Rax, table + (isStore ? Sites.TlbWriteTag : Sites.TlbReadTag)));
+    }
+
+    // Pages whose flags somebody may clear while code runs get no sites for stores: only those of the main memory do.
+    private static void EmitFlagsCheck(ref Emitter e, int table, out byte* unwritten, out byte* outside)
+    {
+        e.Load(Host.Rcx, HostMemory.Context(Host.Rax, table + Sites.TlbPageFlags));
+        e.CompareByte(new HostMemory(Host.Rcx, 0), (int)Memory.PageFlags.Written);
+        unwritten = e.JumpIf(HostCondition.NotEqual);
+        e.Alu(AluOp.Sub, Host.Rcx, HostMemory.Context(Offsets.SiteFlagsLow));
+        e.Alu(AluOp.Cmp, Host.Rcx, HostMemory.Context(Offsets.SiteFlagsLength));
+        outside = e.JumpIf(HostCondition.AboveOrEqual);
+    }
+
+    // Moves an edge over neighbouring pages that the TLB has with the addend in RDX. Keeps RAX.
+    private static void EmitGrow(ref Emitter e, int table, bool isStore, int edge, int page, int step)
+    {
+        e.Push(Host.Rax);
+        e.MoveImmediate(Host.Rdi, Sites.Growth);
+        byte* again = e.At;
+        e.Lea(Host.Rcx, new HostMemory(edge, page));
+        e.Move(Host.Rax, Host.Rcx);
+        EmitFind(ref e, table, isStore);
+        byte* missing = e.JumpIf(HostCondition.NotEqual);
+        e.Alu(AluOp.Cmp, Host.Rdx, HostMemory.Context(Host.Rax, table + Sites.TlbAddend));
+        byte* elsewhere = e.JumpIf(HostCondition.NotEqual);
+        byte* unwritten = null;
+        byte* outside = null;
+        if (isStore)
+        {
+            EmitFlagsCheck(ref e, table, out unwritten, out outside);
+        }
+
+        e.AluImmediate(AluOp.Add, edge, step);
+        e.AluImmediate(AluOp.Sub, Host.Rdi, 1);
+        e.JumpIf(HostCondition.NotEqual, again);
+        e.Land(missing);
+        e.Land(elsewhere);
+        if (isStore)
+        {
+            e.Land(unwritten);
+            e.Land(outside);
+        }
+
+        e.Pop(Host.Rax);
     }
 
     private static byte* Align(ref Emitter e)
@@ -353,6 +516,10 @@ internal static class Offsets
     public const int ExitInfo = 0x3C8;
     public const int X87Loaded = 0x3EC;
     public const int X87Ready = 0x3F0;
+    public const int SiteCount = 0x3F4;
+    public const int SiteFlagsLow = 0x3F8;
+    public const int SiteFlagsLength = 0x7F8;
+    public const int Thrashing = 0x7F4;
     public const int Self = 0x3D0;
     public const int Helper = 0x3D8;
     public const int Mxcsr = CpuContext.XsaveOffset + XsaveLayout.Mxcsr;

@@ -147,6 +147,15 @@ internal unsafe struct Emitter
         }
     }
 
+    /// <summary>MOV to, imm64: always ten bytes, so that the value can be changed later.</summary>
+    public void MoveImmediate64(int to, ulong value)
+    {
+        Rex(true, 0, 0, to);
+        Byte(0xB8 | (to & 7));
+        *(ulong*)At = value;
+        At += 8;
+    }
+
     /// <summary>MOV to, memory; 64 bits.</summary>
     public void Load(int to, in HostMemory memory) => MemoryForm(true, 0x8B, to, memory);
 

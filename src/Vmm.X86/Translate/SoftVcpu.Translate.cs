@@ -163,6 +163,19 @@ public sealed unsafe partial class SoftVcpu
             case ExitKindOfCode.Indirect:
                 InsertBranch(cpu, next);
                 break;
+            case ExitKindOfCode.Far:
+                if (InsertBranch(cpu, next))
+                {
+                    ulong tags = (ulong)Tag(cpu) << 48;
+                    _code.LinkFar(
+                        cpu, exit->Site, cpu->CodeBase ^ tags, cpu->Rip & ~Mem.PageOffset, next->EntryFlagImage);
+                }
+                else
+                {
+                    CodeCache.ProbeFar(exit->Site);
+                }
+
+                break;
             case ExitKindOfCode.Direct when IsSamePlace(exit, next):
                 byte* target = exit->HostFlags != 0 ? next->EntryHostFlags : next->EntryFlagImage;
                 *(int*)(exit->Site - 4) = (int)(target - _code.ExecuteDelta - exit->Site);
@@ -184,21 +197,23 @@ public sealed unsafe partial class SoftVcpu
 
     // The kernel's branches are the same in every address space where its pages are global: they have one tag. Branches
     // to pages that are not are not kept then.
-    private static void InsertBranch(CpuContext* cpu, Block* next)
+    private static bool InsertBranch(CpuContext* cpu, Block* next)
     {
         ulong linear = cpu->Rip;
         if (IsShared(cpu) && (!Paging.Translate(cpu, linear, Access.Execute, MmuMode.Supervisor, out Translation page) ||
             !page.IsGlobal))
         {
-            return;
+            return false;
         }
 
-        ulong index = ((linear >> 12) ^ linear) & (BlockCache.Branches - 1);
-        cpu->Blocks.BranchTags[index] = linear ^ ((ulong)Tag(cpu) << 48);
-        ((byte**)((byte*)cpu + CpuContext.BranchTargetsOffset))[index] = next->EntryFlagImage;
+        // SAFETY: BranchSlot stays inside the table and leaves room for the target behind the tag.
+        ulong* entry = cpu->Blocks.BranchTable + BlockCache.BranchSlot(linear);
+        entry[0] = linear ^ ((ulong)Tag(cpu) << 48);
+        entry[1] = (ulong)next->EntryFlagImage;
         int bit = BlockCache.BranchPage(linear);
         ulong* pages = &cpu->Blocks.BranchPages0;
         pages[bit >> 6] |= 1UL << (bit & 63);
+        return true;
     }
 
     private static bool IsShared(CpuContext* cpu) =>
@@ -268,6 +283,13 @@ public sealed unsafe partial class SoftVcpu
             SetFlags(cpu);
             cpu->CurrentBlock = block;
             cpu->BlockRip = cpu->CodeBase + (block->Physical & Mem.PageOffset);
+            if (cpu->Thrashing != 0)
+            {
+                cpu->Thrashing = 0;
+                block->TlbInsns |= 1U << (int)(insn - block->First);
+                From(cpu)._code!.Retire(cpu, block);
+            }
+
             status = insn->Handler(cpu, insn);
             if (status == Status.Next)
             {

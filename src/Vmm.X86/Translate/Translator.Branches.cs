@@ -3,14 +3,18 @@ using Iced.Intel;
 
 namespace Vmm.X86;
 
-// Ways out of a block. Inside the page: a jump that the dispatcher links to its target. Otherwise a probe of the
-// indirect-branch cache, a table of (linear address xor BranchTag xor Request, entry for flags in the image):
+// Ways out of a block. Inside the page: a jump that the dispatcher links to its target. To a known place in another page:
+// a jump that is linked, too, but looks first whether the same code page runs in the same address space (FarBranch); an
+// invalidation of translations unlinks those. Otherwise a probe of the indirect-branch cache, a table of (linear address
+// xor BranchTag, entry for flags in the image):
 //
-//     T0 = target; Rip = T0; T1 = (T0 ^ T0 >> 12) & (entries - 1)
-//     T0 ^= [Request, BranchTag]; cmp T0, tags[T1]; jne miss; CodeBase = Rip & -4096; jmp targets[T1]
+//     T0 = target; Rip = T0; T1 = (T0 ^ T0 >> 11) & (entries - 1) << 1
+//     T0 ^= [Request, BranchTag]; cmp T0, table[T1]; jne miss
+//     T0 ^= [Request, BranchTag]; CodeBase = T0 & -4096; jmp table[T1 + 1]
 //
 // Linear addresses are canonical, so the tag in bits 63:48 can be undone by nothing but the same tag; a pending request
-// changes low bits that also choose the entry, so that no entry matches.
+// changes low bits that also choose the entry, so that no entry matches. (One that comes between the two loads changes
+// only bits of T0 that the last AND clears.)
 internal sealed unsafe partial class Translator
 {
     private bool IsInPage(long offset) => PageOffset + offset is >= 0 and <= 4095;
@@ -105,9 +109,7 @@ internal sealed unsafe partial class Translator
             }
 
             FreeFlagsForExit();
-            _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
-            _e.AluImmediate(AluOp.Add, Host.T0, (int)offset + PageOffset);
-            EmitBranchProbe(-1, 0);
+            EmitFarBranch((int)offset);
             return;
         }
 
@@ -147,25 +149,48 @@ internal sealed unsafe partial class Translator
         _inHost = false;
     }
 
+    // A direct branch to another page, with the flags in the image. Layout: FarBranch.
+    private void EmitFarBranch(int offset)
+    {
+        byte* site = _e.At;
+        _e.JumpForward();
+        _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
+        _e.Alu(AluOp.Xor, Host.T0, HostMemory.Context(Offsets.Request));
+        _e.MoveImmediate64(Host.T1, 0);
+        _e.Alu(AluOp.Cmp, Host.T0, Host.T1);
+        byte* other = _e.JumpIf(HostCondition.NotEqual);
+        _e.MoveImmediate64(Host.T0, 0);
+        _e.Store(HostMemory.Context(Offsets.CodeBase), Host.T0);
+        _e.JumpForward();
+        CodeCache.UnlinkFar(site);
+        int exit = _cache.AddExit(ExitKindOfCode.Far, _block, PageOffset + offset, site, false);
+        _e.MoveImmediate(Host.T0, (uint)exit);
+        _e.Jump(_cache.Stubs.ExitFlagImage);
+        _e.Land(other);
+        _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
+        _e.AluImmediate(AluOp.Add, Host.T0, offset + PageOffset);
+        EmitBranchProbe(-1, 0);
+    }
+
     private void EmitBranchProbe(int record, short undoRsp)
     {
         _e.Store(HostMemory.Context(Offsets.Rip), Host.T0);
         _e.Move(Host.T1, Host.T0);
-        _e.Shift(5, Host.T1, 12);
+        _e.Shift(5, Host.T1, 11);
         _e.Alu32(AluOp.Xor, Host.T1, Host.T0);
-        _e.AluImmediate(AluOp.And, Host.T1, BlockCache.Branches - 1, wide: false);
+        _e.AluImmediate(AluOp.And, Host.T1, (BlockCache.Branches - 1) << 1, wide: false);
         _e.Alu(AluOp.Xor, Host.T0, HostMemory.Context(Offsets.Request));
-        _e.Alu(
-            AluOp.Cmp, Host.T0, new HostMemory(Host.None, Host.T1, 3, CpuContext.BranchTagsOffset, isContext: true));
-        byte* hit = _e.JumpIf(HostCondition.NotEqual);
-        _e.Load(Host.T0, HostMemory.Context(Offsets.Rip));
+        _e.Alu(AluOp.Cmp, Host.T0, new HostMemory(Host.None, Host.T1, 3, CpuContext.BranchesOffset, isContext: true));
+        byte* miss = _e.JumpIf(HostCondition.NotEqual);
+        _e.Alu(AluOp.Xor, Host.T0, HostMemory.Context(Offsets.Request));
         _e.AluImmediate(AluOp.And, Host.T0, -4096);
         _e.Store(HostMemory.Context(Offsets.CodeBase), Host.T0);
-        _e.JumpMemory(new HostMemory(Host.None, Host.T1, 3, CpuContext.BranchTargetsOffset, isContext: true));
+        _e.JumpMemory(
+            new HostMemory(Host.None, Host.T1, 3, CpuContext.BranchesOffset + sizeof(ulong), isContext: true));
         // SAFETY: a distance inside the arena, as in EmitHandlerCall.
         int offset = record < 0 ? -1 : (int)((byte*)(_block->First + record) - _cpu->Blocks.Arena);
         int exit = _cache.AddExit(ExitKindOfCode.Indirect, _block, offset, null, false, undoRsp);
-        _e.Land(hit);
+        _e.Land(miss);
         _e.MoveImmediate(Host.T0, (uint)exit);
         _e.Jump(_cache.Stubs.ExitFlagImage);
     }
@@ -226,9 +251,7 @@ internal sealed unsafe partial class Translator
         long target = (long)instruction.NearBranchTarget;
         if (!IsInPage(target))
         {
-            _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
-            _e.AluImmediate(AluOp.Add, Host.T0, (int)target + PageOffset);
-            EmitBranchProbe(-1, 0);
+            EmitFarBranch((int)target);
             return;
         }
 
@@ -316,9 +339,7 @@ internal sealed unsafe partial class Translator
                 }
 
                 FreeFlagsForExit();
-                _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
-                _e.AluImmediate(AluOp.Add, Host.T0, cold.Offset + PageOffset);
-                EmitBranchProbe(-1, 0);
+                EmitFarBranch(cold.Offset);
                 break;
             default:
                 bool inHost = cold.InHost || !cold.InImage;

@@ -75,7 +75,14 @@ internal sealed unsafe partial class Translator
     }
 
     // Where code, flags and slow paths stand, to come back to.
-    private EmitMark Mark() => new(_e.At, _slowCount, _inHost, _inImage);
+    private EmitMark Mark() => new()
+    {
+        At = _e.At,
+        SlowCount = _slowCount,
+        MissCount = _missCount,
+        InHost = _inHost,
+        InImage = _inImage,
+    };
 
     // Takes back what an attempt has emitted that turned out not to be possible, and calls the handler.
     private void OrHandler(in EmitMark mark, bool isDone)
@@ -87,6 +94,7 @@ internal sealed unsafe partial class Translator
 
         _e.At = mark.At;
         _slowCount = mark.SlowCount;
+        _missCount = mark.MissCount;
         _inHost = mark.InHost;
         _inImage = mark.InImage;
         CallHandler();
@@ -415,7 +423,7 @@ internal sealed unsafe partial class Translator
         FreeFlags();
         if (instruction.Op0Kind == OpKind.Memory)
         {
-            // Load first; the value waits in the work area while the stack is checked.
+            // Load first; the value waits in T0 while the stack is checked.
             if (!IsAddressable(instruction))
             {
                 CallHandler();
@@ -424,9 +432,7 @@ internal sealed unsafe partial class Translator
 
             HostMemory source = Check(instruction, 8, write: false, 1, compact: false);
             _e.Load(Host.T0, source);
-            _e.Store(HostMemory.Context(Offsets.ExitInfo), Host.T0);
             Probe(new HostMemory(Host.GuestRsp, -8), 8, write: true, 1);
-            _e.Load(Host.T0, HostMemory.Context(Offsets.ExitInfo));
             StorePushed(Host.T0);
             return;
         }

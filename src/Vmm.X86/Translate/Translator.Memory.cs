@@ -3,26 +3,15 @@ using Iced.Intel;
 
 namespace Vmm.X86;
 
-// Memory operands: from a guest operand to a host operand that cannot fault and cannot leave the guest's RAM.
-//
-// Class T, the software TLB (Tlb.cs), in the table of the block's privilege mode, which is part of the block's key:
-//
-//     lea T1, [ea]; shr T1, 12-5; and T1, entries      the entry of the first byte's page
-//     lea T0, [ea + size - 1]; and T0, -4096; or T0, asid
-//     cmp T0, gs:[T1 + tag]; jne slow                   the last byte's page: a crossing never matches
-//     mov T1, gs:[T1 + addend]                          host minus linear address
-//
-// and the operand becomes [ea + T1]. A store looks at the page's flags as well: anything but "written" (code in the
-// page, a dirty flag to set) is slow.
+// Memory operands: from a guest operand to a host operand that cannot fault and cannot leave the guest's RAM. The check
+// is the one of Sites.cs, in the rings of the block's privilege mode, which is part of the block's key; it leaves in T1
+// what is to be added to the linear address, and the operand becomes [ea + T1].
 
 // SAFETY: the host address is addend + linear for a linear range inside one page for which an entry exists; entries
 // exist only for pages of RAM or ROM that Paging.Fill took from a memory slot, and for writing only for RAM.
 internal sealed unsafe partial class Translator
 {
-    private const int ReadTag = 0;
-    private const int WriteTag = 8;
-    private const int Addend = 16;
-    private const int PageFlagsPointer = 24;
+    private readonly int[] _nextSite = new int[Sites.Classes];
 
     private static bool IsSpilled(int register) => register >= 13;
 
@@ -132,34 +121,84 @@ internal sealed unsafe partial class Translator
     private HostMemory Check(in Instruction instruction, int size, bool write, int alignment, bool compact)
     {
         HostMemory form = LinearOf(instruction);
-        Probe(form, size, write, alignment);
-        if (form.Base == Host.T0 || form.Index == Host.T0)
+        bool wanders = ((_block->TlbInsns >> _at) & 1) != 0 && DataMode != MmuMode.Empty;
+        if (wanders)
         {
-            // The address went the way of the tag.
-            form = LinearOf(instruction);
+            ProbeTlb(form, size, write, alignment);
+            form = form.Base == Host.T0 || form.Index == Host.T0 ? LinearOf(instruction) : form;
         }
 
-        if (form.Index < 0 && !compact)
+        if (form.Index >= 0)
+        {
+            _e.Lea(Host.T0, form);
+            form = new HostMemory(Host.T0, 0);
+        }
+
+        if (!wanders)
+        {
+            Probe(form, size, write, alignment);
+        }
+
+        if (!compact)
         {
             return form.Base < 0
                 ? new HostMemory(Host.T1, form.Displacement)
                 : new HostMemory(form.Base, Host.T1, 0, form.Displacement);
         }
 
-        _e.Lea(Host.T0, form);
-        if (!compact)
+        int at = form.Base < 0 ? Host.T1 : form.Base;
+        if (at != Host.T0)
         {
-            return new HostMemory(Host.T0, Host.T1, 0, 0);
+            _e.Move(Host.T0, at);
         }
 
-        _e.Alu(AluOp.Add, Host.T0, Host.T1);
-        return new HostMemory(Host.T0, 0);
+        if (at != Host.T1)
+        {
+            _e.Alu(AluOp.Add, Host.T0, Host.T1);
+        }
+
+        return new HostMemory(Host.T0, form.Displacement);
     }
 
-    // The check proper; leaves the addend in T1 and destroys T0.
+    // The check proper; leaves the addend in T1. T0 stays as it is.
     private void Probe(in HostMemory form, int size, bool write, int alignment)
     {
-        int table = CpuContext.TlbOffset + (TlbTable * TlbEntry.Count * TlbEntry.SizeBytes);
+        MmuMode mode = DataMode;
+        if (mode == MmuMode.Empty)
+        {
+            SlowJump(_e.JumpForward());
+            return;
+        }
+
+        int kind = Sites.Class(mode, write, size);
+        bool isStack = form.Base == Host.GuestRsp && form.Index < 0;
+        int site = Sites.Offset(kind, isStack ? 0 : ++_nextSite[kind]);
+        Address(form);
+        if (alignment > 1)
+        {
+            _e.TestImmediate32(Host.T1, alignment - 1);
+            SlowJump(_e.JumpIf(HostCondition.NotEqual));
+        }
+
+        _e.Alu(AluOp.Sub, Host.T1, HostMemory.Context(site + Sites.Low));
+        _e.Alu(AluOp.Cmp, Host.T1, HostMemory.Context(site + Sites.Limit));
+        byte* other = _e.JumpIf(HostCondition.AboveOrEqual);
+        _e.Load(Host.T1, HostMemory.Context(site + Sites.Addend));
+        _misses[_missCount++] = new SiteMiss
+        {
+            Jump = other,
+            Back = (nint)_e.At,
+            Form = form,
+            Site = site | ((size - 1) << 24),
+            Kind = kind,
+            Insn = _at,
+        };
+    }
+
+    // The check by the TLB; leaves the addend in T1 and destroys T0.
+    private void ProbeTlb(in HostMemory form, int size, bool write, int alignment)
+    {
+        int table = CpuContext.TlbOffset + ((int)DataMode * TlbEntry.Count * TlbEntry.SizeBytes);
         _e.Lea(Host.T1, form);
         if (alignment > 1)
         {
@@ -173,23 +212,63 @@ internal sealed unsafe partial class Translator
             Host.T0, new HostMemory(form.Base, form.Index, form.Scale, form.Displacement + size - 1, form.IsContext));
         _e.AluImmediate(AluOp.And, Host.T0, -4096);
         _e.Alu(AluOp.Or, Host.T0, HostMemory.Context(Offsets.TlbAsid));
-        _e.Alu(AluOp.Cmp, Host.T0, HostMemory.Context(Host.T1, table + (write ? WriteTag : ReadTag)));
+        _e.Alu(
+            AluOp.Cmp, Host.T0, HostMemory.Context(Host.T1, table + (write ? Sites.TlbWriteTag : Sites.TlbReadTag)));
         SlowJump(_e.JumpIf(HostCondition.NotEqual));
         if (write)
         {
-            _e.Load(Host.T0, HostMemory.Context(Host.T1, table + PageFlagsPointer));
+            _e.Load(Host.T0, HostMemory.Context(Host.T1, table + Sites.TlbPageFlags));
             _e.CompareByte(new HostMemory(Host.T0, 0), (int)Memory.PageFlags.Written);
             SlowJump(_e.JumpIf(HostCondition.NotEqual));
         }
 
-        _e.Load(Host.T1, HostMemory.Context(Host.T1, table + Addend));
+        _e.Load(Host.T1, HostMemory.Context(Host.T1, table + Sites.TlbAddend));
     }
 
-    private int TlbTable => (_block->Key & (BlockKey.User | BlockKey.Ac)) switch
+    // T1 = what a form addresses.
+    private void Address(in HostMemory form)
     {
-        0 => (int)MmuMode.Supervisor,
-        BlockKey.User => (int)MmuMode.User,
-        BlockKey.Ac => (int)MmuMode.SupervisorAc,
-        _ => (int)MmuMode.Empty,
+        if (form.Base >= 0 && form.Index < 0 && form.Displacement == 0)
+        {
+            _e.Move(Host.T1, form.Base);
+        }
+        else
+        {
+            _e.Lea(Host.T1, form);
+        }
+    }
+
+    // Cold code of a check: the access leaves the site's page.
+    private void EmitMiss(ref SiteMiss miss)
+    {
+        _e.Land(miss.Jump);
+        Address(miss.Form);
+        _e.Push(Host.T0);
+        _e.Move(Host.T0, Host.T1);
+        _e.MoveImmediate(Host.T1, (uint)miss.Site);
+        _e.Call((byte*)_cache.Stubs.FillSite[miss.Kind]);
+        _e.Pop(Host.T0);
+        _e.JumpIf(HostCondition.Equal, (byte*)miss.Back);
+        _at = miss.Insn;
+        SlowJump(_e.JumpForward());
+    }
+
+    private MmuMode DataMode => (_block->Key & (BlockKey.User | BlockKey.Ac)) switch
+    {
+        0 => MmuMode.Supervisor,
+        BlockKey.User => MmuMode.User,
+        BlockKey.Ac => MmuMode.SupervisorAc,
+        _ => MmuMode.Empty,
     };
+
+    /// <summary>A check whose site did not have the page.</summary>
+    private struct SiteMiss
+    {
+        public byte* Jump;
+        public nint Back;
+        public HostMemory Form;
+        public int Site;
+        public int Kind;
+        public int Insn;
+    }
 }

@@ -21,9 +21,7 @@ internal sealed unsafe partial class Translator
         _e.Alu(AluOp.Or, Host.T0, Host.T1);
         _e.Alu(AluOp.Or, Host.T0, HostMemory.Context(Offsets.RflagsSystem));
         _e.AluImmediate(AluOp.And, Host.T0, unchecked((int)~(uint)(Rflags.Rf | Rflags.Vm)));
-        _e.Store(HostMemory.Context(Offsets.ExitInfo), Host.T0);
         Probe(new HostMemory(Host.GuestRsp, -8), 8, write: true, 1);
-        _e.Load(Host.T0, HostMemory.Context(Offsets.ExitInfo));
         StorePushed(Host.T0);
     }
 

@@ -46,7 +46,8 @@ internal sealed unsafe partial class Translator
     private readonly Instruction[] _insns = new Instruction[MaxInsns];
     private readonly InsnTraits[] _traits = new InsnTraits[MaxInsns];
     private readonly uint[] _live = new uint[MaxInsns + 1];
-    private readonly SlowSite[] _slow = new SlowSite[MaxInsns * 6];
+    private readonly SlowSite[] _slow = new SlowSite[MaxInsns * 8];
+    private readonly SiteMiss[] _misses = new SiteMiss[MaxInsns * 3];
     private readonly nint[] _resume = new nint[MaxInsns + 1];
     private readonly ColdExit[] _cold = new ColdExit[8];
 
@@ -57,6 +58,7 @@ internal sealed unsafe partial class Translator
     private int _at;
     private int _poll;
     private int _slowCount;
+    private int _missCount;
     private int _coldCount;
     private bool _inHost;
     private bool _inImage;
@@ -98,6 +100,7 @@ internal sealed unsafe partial class Translator
         _block = block;
         _count = block->Count;
         _slowCount = 0;
+        _missCount = 0;
         _coldCount = 0;
         _e = new Emitter(start);
         Read(block, _insns, _traits);
@@ -462,6 +465,11 @@ internal sealed unsafe partial class Translator
             EmitCold(ref _cold[i]);
         }
 
+        for (int i = 0; i < _missCount; i++)
+        {
+            EmitMiss(ref _misses[i]);
+        }
+
         for (int i = 0; i < _slowCount; i++)
         {
             if (_slow[i].Jump == null)
@@ -494,14 +502,13 @@ internal sealed unsafe partial class Translator
     }
 
     /// <summary>A state of the emission to come back to.</summary>
-    private readonly record struct EmitMark(nint Code, int SlowCount, bool InHost, bool InImage)
+    private struct EmitMark
     {
-        public EmitMark(byte* at, int slowCount, bool inHost, bool inImage)
-            : this((nint)at, slowCount, inHost, inImage)
-        {
-        }
-
-        public byte* At => (byte*)Code;
+        public byte* At;
+        public int SlowCount;
+        public int MissCount;
+        public bool InHost;
+        public bool InImage;
     }
 
     /// <summary>A jump to a slow path.</summary>

@@ -1,0 +1,186 @@
+// SPDX-License-Identifier: BSD-2-Clause
+namespace Vmm.X86;
+
+// Sites: translations that places in generated code keep for themselves, so that an access which stays in one page is
+// checked by a subtraction and a comparison instead of a look into the TLB:
+//
+//     lea T1, [ea]; sub T1, gs:[Low]; cmp T1, gs:[Limit]; jae cold
+//     mov T1, gs:[Addend]
+//
+// A site says that linear addresses from Low on, Limit of them, may be accessed at linear + Addend by accesses of the
+// site's class; an empty one has Limit 0, which no address is below. Cold code asks the TLB and, when that knows the page,
+// fills the site, with as many neighbouring pages as the TLB has that lie side by side in the host, too
+// (CodeStubs.FillSite); otherwise the handler executes the instruction.
+//
+// Classes. A site belongs to a privilege mode, is for loads or for stores, and for operands of up to 8 or up to 32 bytes
+// (Limit leaves room for the longest). Each class has a ring of sites; places take the next one when they are translated,
+// so that places of one loop have different ones. Operands on the stack share the first of their ring.
+//
+// A place whose addresses wander from page to page misses its site all the time, and mispredicts the branch. FillSite
+// notices, the helper notes it for the instruction (Block.TlbInsns), and the block is translated anew with a look into the
+// TLB in that place:
+//
+//     lea T1, [ea]; shr T1, 12-5; and T1, entries      the entry of the first byte's page
+//     lea T0, [ea + size - 1]; and T0, -4096; or T0, asid
+//     cmp T0, gs:[T1 + tag]; jne slow                   the last byte's page: a crossing never matches
+//     mov T1, gs:[T1 + addend]                          (a store looks at the page's flags before)
+//
+// Page flags. A store must not go past the flags of its page (dirty bits, decoded code). Sites for stores therefore exist
+// only for pages of the main memory whose flags are exactly "written"; nobody but vCPUs takes such flags away there, by
+// decoding code from the page, and then every vCPU empties its sites for stores before the new block counts as settled
+// (SoftVcpu.Decode.cs, BlockCache.cs). Memory whose dirty flags somebody clears while the guest runs (a display's, a slot
+// with a dirty log) gets none: stores look at the flags each time.
+//
+// Flushes. Whatever removes a translation from the TLB empties the sites as well, all of them: the journal names those
+// that are filled, and few are, since code runs in few places between two flushes. So the rule for the TLB (Tlb.cs) holds
+// for sites: they never outlive a flush, a change of address space or of memory slots.
+
+/// <summary>A translation cached for a place in generated code.</summary>
+internal struct SiteEntry
+{
+    public ulong Low;
+    public ulong Limit;
+    public ulong Addend;
+
+    /// <summary>Accesses that it did not have the page for.</summary>
+    public uint Misses;
+
+    /// <summary>Low half of the host's time stamp when Misses was last a multiple of Sites.MissesOfThrash.</summary>
+    public uint Since;
+}
+
+/// <summary>Layout and flushing of the sites behind a context.</summary>
+internal static unsafe class Sites
+{
+    /// <summary>Bytes of a <see cref="SiteEntry"/>.</summary>
+    public const int EntryBytes = 32;
+
+    /// <summary>Sites of a class with operands up to 8 bytes.</summary>
+    public const int ShortRing = 256;
+
+    /// <summary>Sites of a class with operands up to 32 bytes.</summary>
+    public const int LongRing = 64;
+
+    /// <summary>Classes with rings: three privilege modes, loads and stores, short and long operands.</summary>
+    public const int Classes = 12;
+
+    /// <summary>Longest short operand.</summary>
+    public const int ShortBytes = 8;
+
+    /// <summary>Longest operand.</summary>
+    public const int LongBytes = 32;
+
+    /// <summary>Offset of <see cref="SiteEntry.Low"/>.</summary>
+    public const int Low = 0;
+
+    /// <summary>Offset of <see cref="SiteEntry.Limit"/>.</summary>
+    public const int Limit = 8;
+
+    /// <summary>Offset of <see cref="SiteEntry.Addend"/>.</summary>
+    public const int Addend = 16;
+
+    /// <summary>Offset of <see cref="SiteEntry.Misses"/>.</summary>
+    public const int Misses = 24;
+
+    /// <summary>Offset of <see cref="SiteEntry.Since"/>.</summary>
+    public const int Since = 28;
+
+    /// <summary>So many misses (a power of two) are looked at together.</summary>
+    public const int MissesOfThrash = 64;
+
+    /// <summary>With fewer of the host's cycles than this from miss to miss, a site does not pay.</summary>
+    public const int CyclesOfThrash = 150;
+
+    /// <summary>One of so many misses tries to grow (a power of two).</summary>
+    public const int MissesOfGrowth = 16;
+
+    /// <summary>Neighbouring pages that a fill tries on each side.</summary>
+    public const int Growth = 16;
+
+    /// <summary>Offsets in a <see cref="TlbEntry"/>.</summary>
+    public const int TlbReadTag = 0;
+    public const int TlbWriteTag = 8;
+    public const int TlbAddend = 16;
+    public const int TlbPageFlags = 24;
+
+    /// <summary>All sites.</summary>
+    public const int Count = Classes / 2 * (ShortRing + LongRing);
+
+    /// <summary>Number of a class, 0 to 11.</summary>
+    public static int Class(MmuMode mode, bool write, int size) =>
+        ((int)mode * 4) + (write ? 2 : 0) + (size > ShortBytes ? 1 : 0);
+
+    /// <summary>Offset of a site in the context, by class and number.</summary>
+    public static int Offset(int kind, int number)
+    {
+        int first = kind / 2 * (ShortRing + LongRing);
+        int inRing = (kind & 1) != 0 ? ShortRing + (number & (LongRing - 1)) : number & (ShortRing - 1);
+        return CpuContext.SitesOffset + ((first + inRing) * EntryBytes);
+    }
+
+    /// <summary>Empties all sites.</summary>
+    // SAFETY: here and in DropPage: the journal holds offsets that the translator computed by Offset and FillSite entered
+    // once for each site that went from empty to filled, so it has at most Count entries.
+    public static void Drop(CpuContext* cpu)
+    {
+        int* journal = (int*)((byte*)cpu + CpuContext.SiteJournalOffset);
+        for (int i = 0; i < cpu->SiteCount; i++)
+        {
+            var site = (SiteEntry*)((byte*)cpu + journal[i]);
+            site->Limit = 0;
+            site->Misses = 0;
+        }
+
+        cpu->SiteCount = 0;
+    }
+
+    /// <summary>Empties the sites for stores: a page's flags are not "written" any more.</summary>
+    public static void DropStores(CpuContext* cpu)
+    {
+        int* journal = (int*)((byte*)cpu + CpuContext.SiteJournalOffset);
+        for (int i = cpu->SiteCount - 1; i >= 0; i--)
+        {
+            int kind = (journal[i] - CpuContext.SitesOffset) / ((ShortRing + LongRing) * EntryBytes);
+            if ((kind & 1) != 0)
+            {
+                ((SiteEntry*)((byte*)cpu + journal[i]))->Limit = 0;
+                journal[i] = journal[--cpu->SiteCount];
+            }
+        }
+    }
+
+    /// <summary>
+    /// States where the flags of the main memory lie: of the largest slot that can be written and has no dirty log.
+    /// </summary>
+    // SAFETY: the table is the one that the VM has at the moment; a change of slots flushes and comes here again.
+    public static void FindMainMemory(CpuContext* cpu)
+    {
+        SlotTable* table = cpu->Shared->Slots;
+        cpu->SiteFlagsLow = 0;
+        cpu->SiteFlagsLength = 0;
+        for (int i = 0; i < table->Count; i++)
+        {
+            SlotInfo* slot = SlotTable.At(table, i);
+            if (!slot->ReadOnly && !slot->LogDirty && slot->Length >> 12 > cpu->SiteFlagsLength)
+            {
+                cpu->SiteFlagsLow = (ulong)slot->PageFlags;
+                cpu->SiteFlagsLength = slot->Length >> 12;
+            }
+        }
+    }
+
+    /// <summary>Empties the sites of a linear page.</summary>
+    public static void DropPage(CpuContext* cpu, ulong linear)
+    {
+        int* journal = (int*)((byte*)cpu + CpuContext.SiteJournalOffset);
+        for (int i = cpu->SiteCount - 1; i >= 0; i--)
+        {
+            var site = (SiteEntry*)((byte*)cpu + journal[i]);
+            if ((linear & ~Mem.PageOffset) - site->Low < site->Limit + LongBytes)
+            {
+                site->Limit = 0;
+                journal[i] = journal[--cpu->SiteCount];
+            }
+        }
+    }
+}
