@@ -24,6 +24,28 @@ namespace Vmctl;
 /// <summary>The command line: table of verbs, dispatch, and the last resort for errors.</summary>
 internal static class CommandLine
 {
+    // What other programs call it (virsh, vm-bhyve, OpenBSD's vmctl, vmadm, zadm), and what it is here.
+    private static readonly (string[] Words, string Here)[] s_elsewhere =
+    [
+        (["shutdown", "halt"], "stop"),
+        (["poweroff", "kill", "destroy"], "stop -f"),
+        (["reboot"], "restart\", or without asking the guest \"vmctl reset"),
+        (["suspend"], "pause\", or to keep the state in a file \"vmctl snapshot --stop"),
+        (["resume"], "unpause"),
+        (["startall"], "start --all"),
+        (["stopall"], "stop --all"),
+        (["configure"], "edit"),
+        (["define", "load", "up"], "apply -f FILE"),
+        (["undefine", "delete", "remove", "rm"], "apply --prune\", or take the file out of the definition directory and \"vmctl reload"),
+        (["info", "dominfo", "get"], "status"),
+        (["dumpxml", "dump"], "status --definition"),
+        (["ps", "top", "memstat"], "list"),
+        (["attach", "login"], "console"),
+        (["vnc", "display", "webvnc"], "status\", which shows the address, or the web page of \"vmctl web"),
+        (["migrate"], "send NAME | ssh HOST vmctl receive"),
+        (["eject"], "media NAME DRIVE"),
+    ];
+
     /// <summary>Makes the tree of all commands.</summary>
     internal static RootCommand Build(CommandContext context)
     {
@@ -49,8 +71,10 @@ internal static class CommandLine
             ConsoleCommand.Create(context),
             LogCommand.Create(context),
             WaitCommand.Create(context),
+            EventsCommand.Create(context),
             WebCommand.Create(context),
             CreateCommand.Create(context),
+            EditCommand.Create(context),
             ApplyCommands.Apply(context),
             ApplyCommands.Diff(context),
             ApplyCommands.Reload(context),
@@ -175,7 +199,9 @@ internal static class CommandLine
             1 => [matches[0], .. words[1..]],
             0 => throw new CommandException(
                 ExitStatus.Usage,
-                $"no command \"{words[0]}\"{Suggestion.Ending(words[0], names)} (\"vmctl help\" lists them)"),
+                Array.Find(s_elsewhere, pair => Array.IndexOf(pair.Words, words[0]) >= 0).Here is { } here
+                    ? $"no command \"{words[0]}\"; here it is \"vmctl {here}\""
+                    : $"no command \"{words[0]}\"{Suggestion.Ending(words[0], names)} (\"vmctl help\" lists them)"),
             _ => throw new CommandException(
                 ExitStatus.Usage, $"\"{words[0]}\" could be {string.Join(", ", matches.Order(StringComparer.Ordinal))}"),
         };

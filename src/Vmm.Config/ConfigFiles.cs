@@ -201,7 +201,7 @@ public static class ConfigFiles
         var plain = new FleetSpec { Machines = [] };
         return a with
         {
-            StartParallel = b.StartParallel != plain.StartParallel ? b.StartParallel : a.StartParallel,
+            StartParallel = b.StartParallel ?? a.StartParallel,
             StartDelay = b.StartDelay != plain.StartDelay ? b.StartDelay : a.StartDelay,
             StopTimeout = b.StopTimeout != plain.StopTimeout ? b.StopTimeout : a.StopTimeout,
         };
@@ -265,11 +265,12 @@ internal static class FleetParser
             }
         }
 
-        int parallel = 0;
+        int? parallel = null;
         TimeSpan delay = TimeSpan.Zero;
         if (map.Map("start", "{parallel: 2, delay: 1s}") is { } start)
         {
-            parallel = (int)start.Integer("parallel", 0, 0, 1000);
+            int given = (int)start.Integer("parallel", -1, 0, 1000);
+            parallel = given < 0 ? null : given;
             delay = start.Duration("delay", TimeSpan.Zero);
             start.Finish();
         }

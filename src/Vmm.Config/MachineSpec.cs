@@ -669,8 +669,8 @@ public sealed record FleetSpec
     /// <summary>The VMs, names unique, in file order.</summary>
     public required IReadOnlyList<MachineSpec> Machines { get; init; }
 
-    /// <summary>Most VMs that are being started at the same time; 0 for no limit.</summary>
-    public int StartParallel { get; init; }
+    /// <summary>Most VMs that are being started at the same time; 0 for no limit, null for what suits the host.</summary>
+    public int? StartParallel { get; init; }
 
     /// <summary>Time between two starts.</summary>
     public TimeSpan StartDelay { get; init; } = TimeSpan.Zero;

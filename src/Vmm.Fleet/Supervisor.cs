@@ -136,12 +136,14 @@ public sealed record FleetEvent(DateTimeOffset At, string Name, string What, str
 /// <summary>Keeps a fleet as it is declared; see the head of this file. Thread-safe.</summary>
 public sealed class Supervisor
 {
-    private static readonly TimeSpan s_startLimit = TimeSpan.FromSeconds(60);
+    /// <summary>Time that a process has until it answers; a busy host and a dead host's lease both take some of it.</summary>
+    public static readonly TimeSpan StartLimit = TimeSpan.FromMinutes(2);
 
     private readonly Lock _gate = new();
     private readonly Dictionary<string, Entry> _entries = new(StringComparer.Ordinal);
     private readonly IVmHost _host;
     private readonly TimeProvider _time;
+    private readonly int _startSlots;
     private List<Entry> _order = [];
     private FleetSpec _settings = new() { Machines = [] };
     private DateTimeOffset _lastLaunch = DateTimeOffset.MinValue;
@@ -150,10 +152,14 @@ public sealed class Supervisor
     private TaskCompletionSource _changed = NewSignal();
 
     /// <summary>Makes one that supervises nothing yet.</summary>
-    public Supervisor(IVmHost host, TimeProvider time)
+    /// <param name="host">Processes.</param>
+    /// <param name="time">Clock.</param>
+    /// <param name="startSlots">VMs that may start at the same time where the definitions do not say; 0 for no limit.</param>
+    public Supervisor(IVmHost host, TimeProvider time, int startSlots = 0)
     {
         _host = host;
         _time = time;
+        _startSlots = startSlots;
     }
 
     /// <summary>Raised for every event, under the lock: handlers only queue.</summary>
@@ -368,16 +374,23 @@ public sealed class Supervisor
                 return false;
             }
 
-            Want(entry, false);
-            if (force && entry.HasProcess)
+            StopLocked(entry, force);
+            TickLocked();
+            return true;
+        }
+    }
+
+    /// <summary>Wants every VM down, those first that others were started before.</summary>
+    public void StopAll(bool force)
+    {
+        lock (_gate)
+        {
+            foreach (Entry entry in _order)
             {
-                entry.EndReason = new VmExit(1, "quit", "ended by command");
-                entry.Enter(VmPhase.Stopping, _time.GetUtcNow());
-                _host.End(name);
+                StopLocked(entry, force);
             }
 
             TickLocked();
-            return true;
         }
     }
 
@@ -484,6 +497,17 @@ public sealed class Supervisor
         Running = entry.HasProcess ? entry.Running : null,
     };
 
+    private void StopLocked(Entry entry, bool force)
+    {
+        Want(entry, false);
+        if (force && entry.HasProcess)
+        {
+            entry.EndReason = new VmExit(1, "quit", "ended by command");
+            entry.Enter(VmPhase.Stopping, _time.GetUtcNow());
+            _host.End(entry.Spec.Name);
+        }
+    }
+
     private void Want(Entry entry, bool wanted)
     {
         entry.Wanted = wanted;
@@ -574,8 +598,8 @@ public sealed class Supervisor
                     entry.Enter(VmPhase.Down, now);
                     Tell(entry, "down", null);
                     break;
-                case VmPhase.Starting when now - entry.Since > s_startLimit:
-                    entry.EndReason = new VmExit(4, "error", "its process did not answer within a minute");
+                case VmPhase.Starting when now - entry.Since > StartLimit:
+                    entry.EndReason = new VmExit(4, "error", "its process did not answer within two minutes");
                     entry.Enter(VmPhase.Starting, now);
                     _host.End(entry.Spec.Name);
                     break;
@@ -612,7 +636,8 @@ public sealed class Supervisor
         }
 
         string? wait = WaitsFor(entry);
-        bool slot = _settings.StartParallel == 0 || starting < _settings.StartParallel;
+        int slots = _settings.StartParallel ?? _startSlots;
+        bool slot = slots == 0 || starting < slots;
         bool pause = now - _lastLaunch >= _settings.StartDelay;
         if (wait is not null || !slot || !pause)
         {
@@ -696,7 +721,7 @@ public sealed class Supervisor
             return;
         }
 
-        if (entry.Phase == VmPhase.Running && !(_draining && IsNeeded(entry)))
+        if (entry.Phase == VmPhase.Running && !IsNeeded(entry))
         {
             entry.Enter(VmPhase.Stopping, now);
             entry.NextAsk = DateTimeOffset.MinValue;
@@ -711,8 +736,9 @@ public sealed class Supervisor
         }
     }
 
-    // True while a VM that was started after this one still has a process.
-    private bool IsNeeded(Entry entry) => _order.Exists(other => other.HasProcess
+    // True while a VM that was started after this one, and is to go too, still has a process. One that is to stay does not
+    // keep a user from stopping this one.
+    private bool IsNeeded(Entry entry) => _order.Exists(other => other.HasProcess && (_draining || !other.Wanted)
         && (other.Spec.After.Contains(entry.Spec.Name, StringComparer.Ordinal)
             || other.Spec.Requires.Contains(entry.Spec.Name, StringComparer.Ordinal)));
 

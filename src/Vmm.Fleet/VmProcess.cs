@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using System.Diagnostics;
 using System.Globalization;
 using System.IO;
 using System.Text.Json;
+using System.Threading;
 using Microsoft.Win32.SafeHandles;
 using Vmm.Config;
 using Vmm.Host;
@@ -46,6 +48,8 @@ public sealed record VmExit(int Status, string Reason, string? Message)
 /// <summary>The run directory of the VM that this process runs. Made before the machine, disposed after it.</summary>
 public sealed class VmProcess : IDisposable
 {
+    private static readonly TimeSpan s_lookPatience = TimeSpan.FromSeconds(5);
+
     private readonly VmPaths _paths;
     private readonly SafeFileHandle _pid;
 
@@ -66,7 +70,7 @@ public sealed class VmProcess : IDisposable
         FleetPaths.CheckSocket(paths.Control);
         SafeFileHandle pid = File.OpenHandle(
             paths.Pid, FileMode.OpenOrCreate, FileAccess.ReadWrite, FileShare.ReadWrite | FileShare.Delete);
-        if (FileIo.TryLock(pid, exclusive: true) == Errno.EAGAIN)
+        if (!TryHold(pid, paths))
         {
             pid.Dispose();
             string number = ReadPid(paths) is { } other ? string.Create(CultureInfo.InvariantCulture, $" as process {other}") : string.Empty;
@@ -80,6 +84,24 @@ public sealed class VmProcess : IDisposable
         return new VmProcess(paths, pid);
     }
 
+    // Whoever looks (IsAlive) holds the file for a moment; whoever runs the VM holds it for good and stands in it.
+    private static bool TryHold(SafeFileHandle pid, VmPaths paths)
+    {
+        long start = Stopwatch.GetTimestamp();
+        while (FileIo.TryLock(pid, exclusive: true) == Errno.EAGAIN)
+        {
+            bool isRun = ReadPid(paths) is { } other && HostProcess.IsRunning(other);
+            if (isRun || Stopwatch.GetElapsedTime(start) > s_lookPatience)
+            {
+                return false;
+            }
+
+            Thread.Sleep(10);
+        }
+
+        return true;
+    }
+
     /// <summary>True while a process holds the VM's run directory.</summary>
     public static bool IsAlive(VmPaths paths)
     {
@@ -88,7 +110,7 @@ public sealed class VmProcess : IDisposable
         {
             using SafeFileHandle pid = File.OpenHandle(
                 paths.Pid, FileMode.Open, FileAccess.ReadWrite, FileShare.ReadWrite | FileShare.Delete);
-            return FileIo.TryLock(pid, exclusive: true) == Errno.EAGAIN;
+            return FileIo.TryLock(pid, exclusive: false) == Errno.EAGAIN;
         }
         catch (Exception absent) when (absent is IOException or UnauthorizedAccessException)
         {
@@ -135,7 +157,8 @@ public sealed class VmProcess : IDisposable
     /// <summary>Lets go of the run directory.</summary>
     public void Dispose()
     {
-        File.Delete(_paths.Pid);
+        // Emptied, not deleted: the next process may have opened it already, and a lock counts for the file, not for its name.
+        RandomAccess.SetLength(_pid, 0);
         _pid.Dispose();
     }
 

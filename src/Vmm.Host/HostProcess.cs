@@ -27,6 +27,27 @@ public static class HostProcess
     /// <summary>True when a process of that number is there (a zombie is).</summary>
     public static bool Exists(int pid) => pid > 1 && (LibC.kill(pid, 0) == 0 || HostException.Last("kill").Error == Errno.EPERM);
 
+    /// <summary>True when a process of that number is there and has not ended; a zombie, which nobody has waited for, has (Linux).</summary>
+    public static bool IsRunning(int pid)
+    {
+        if (!Exists(pid))
+        {
+            return false;
+        }
+
+        try
+        {
+            // proc(5): "PID (NAME) STATE ..."; the name may hold anything.
+            string stat = OsAbi.Current.System == HostSystem.Linux ? File.ReadAllText($"/proc/{pid}/stat") : string.Empty;
+            return !stat.AsSpan(stat.LastIndexOf(')') + 1).StartsWith(" Z");
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        {
+            // Hidden (hidepid), or gone at this moment; the next look tells.
+            return true;
+        }
+    }
+
     /// <summary>Ends a process; <paramref name="force"/> gives it no say.</summary>
     /// <returns>False when there is no such process or no right to.</returns>
     public static bool TryEnd(int pid, bool force) => pid > 1 && LibC.kill(pid, force ? SigKill : SigTerm) == 0;
@@ -107,6 +128,35 @@ public static class HostProcess
                 return set != 0 && LibC.setppriv(PrivilegeSet, "Permitted", set) == 0 && LibC.setppriv(PrivilegeSet, "Limit", set) == 0;
             default:
                 return false;
+        }
+    }
+
+    /// <summary>Keeps the calling thread on one of the host's processors, for good.</summary>
+    /// <param name="processor">Its number, from 0, as the system counts.</param>
+    /// <returns>False when the host has no such processor for this process.</returns>
+    public static unsafe bool TryPinThread(int processor)
+    {
+        const int Words = 16;
+        if (processor is < 0 or >= Words * 64)
+        {
+            return false;
+        }
+
+        // SAFETY: a set of 1024 processors, which no system reads beyond.
+        ulong* set = stackalloc ulong[Words];
+        new Span<ulong>(set, Words).Clear();
+        set[processor / 64] = 1UL << (processor % 64);
+        switch (OsAbi.Current.System)
+        {
+            case HostSystem.FreeBsd:
+                // sys/cpuset.h: CPU_LEVEL_WHICH, CPU_WHICH_TID. Releases before 14 want their own size, 256 processors.
+                return LibC.cpuset_setaffinity(3, 1, -1, Words * 8, set) == 0
+                    || (processor < 256 && LibC.cpuset_setaffinity(3, 1, -1, 32, set) == 0);
+            case HostSystem.Illumos:
+                // sys/procset.h: P_LWPID, P_MYID.
+                return LibC.processor_bind(8, -1, processor, null) == 0;
+            default:
+                return LibC.sched_setaffinity(0, Words * 8, set) == 0;
         }
     }
 

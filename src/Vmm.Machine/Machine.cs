@@ -42,7 +42,8 @@ public sealed class Machine : IVcpuOwner, IDisposable
         for (int i = 0; i < parts.Vcpus.Count; i++)
         {
             ICpuInterruptPort? port = parts.Ports.Count > i ? parts.Ports[i] : null;
-            _threads.Add(new VcpuThread(parts.Vcpus[i], port, parts.CpuSignature, this));
+            int? processor = parts.Pin.Count > i ? parts.Pin[i] : null;
+            _threads.Add(new VcpuThread(parts.Vcpus[i], port, parts.CpuSignature, processor, this));
         }
     }
 

@@ -118,6 +118,7 @@ public sealed class MachineBuilder : IDisposable
             Clock = _clock,
             Completer = completion,
             CpuSignature = model.Signature,
+            Pin = _spec.Cpus.Pin,
         };
         parts.Ports.AddRange(interrupts.LocalApics);
         parts.Devices.AddRange(interrupts.Devices);

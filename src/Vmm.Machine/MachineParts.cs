@@ -51,6 +51,9 @@ internal sealed class MachineParts
     /// <summary>CPUID leaf 1's EAX.</summary>
     public uint CpuSignature { get; init; }
 
+    /// <summary>The host's processor for each vCPU; empty: any.</summary>
+    public required IReadOnlyList<int> Pin { get; init; }
+
     /// <summary>vCPUs; owned by their threads.</summary>
     public List<IVcpu> Vcpus { get; } = [];
 

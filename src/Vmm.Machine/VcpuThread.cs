@@ -32,6 +32,7 @@ internal sealed class VcpuThread : ICpuWaker, IDisposable
     private readonly IVcpuOwner _owner;
     private readonly ICpuInterruptPort? _port;
     private readonly uint _signature;
+    private readonly int? _processor;
     private readonly Thread _thread;
     private readonly TimedWait _wait = new();
     private readonly CpuState _state = new();
@@ -45,12 +46,14 @@ internal sealed class VcpuThread : ICpuWaker, IDisposable
     /// <param name="vcpu">The processor; owned from now on.</param>
     /// <param name="port">Its interrupt port in User mode.</param>
     /// <param name="signature">CPUID leaf 1's EAX, which EDX holds after reset.</param>
+    /// <param name="processor">The host's processor that it stays on; null: any.</param>
     /// <param name="owner">The machine.</param>
-    public VcpuThread(IVcpu vcpu, ICpuInterruptPort? port, uint signature, IVcpuOwner owner)
+    public VcpuThread(IVcpu vcpu, ICpuInterruptPort? port, uint signature, int? processor, IVcpuOwner owner)
     {
         Vcpu = vcpu;
         _port = port;
         _signature = signature;
+        _processor = processor;
         _owner = owner;
         _thread = new Thread(Loop) { IsBackground = true, Name = $"vcpu{vcpu.Index}" };
         port?.Attach(this);
@@ -131,6 +134,11 @@ internal sealed class VcpuThread : ICpuWaker, IDisposable
 
     private void Loop()
     {
+        if (_processor is { } processor && !HostProcess.TryPinThread(processor))
+        {
+            _owner.OnFailed(this, $"cannot be pinned: the host has no processor {processor} for it");
+        }
+
         var exit = default(VcpuExit);
         while (!_stop)
         {

@@ -80,6 +80,37 @@ public sealed class SupervisorTests
         _host.Launched.Should().Equal("a", "b", "c");
     }
 
+    [Fact]
+    public void Start_ByDefault_KeepsToSlotsThatSuitTheHost()
+    {
+        var fleet = new Supervisor(_host, _time, startSlots: 3);
+        fleet.Declare(Parse("vms: [{name: a}, {name: b}, {name: c}, {name: d}, {name: e}]"));
+
+        _host.Launched.Should().Equal("a", "b", "c");
+        fleet.OnStarted("b", 100);
+        _host.Launched.Should().Equal("a", "b", "c", "d");
+        fleet.OnEnded("a", VmExit.Vanished);
+        _host.Launched.Should().Equal("a", "b", "c", "d", "e");
+    }
+
+    [Fact]
+    public void StopAll_AsksDependentsFirst_AndLeavesAllDown()
+    {
+        Declare("vms: [{name: db}, {name: web, requires: [db]}, {name: other}]");
+        Up("db");
+        Up("web");
+        Up("other");
+
+        _fleet.StopAll(force: false);
+        _host.Asked.Should().BeEquivalentTo("web", "other");
+        _fleet.OnEnded("web", new VmExit(1, "power-off", null));
+        _host.Asked.Should().BeEquivalentTo("web", "other", "db");
+        _fleet.OnEnded("other", new VmExit(1, "power-off", null));
+        _fleet.OnEnded("db", new VmExit(1, "power-off", null));
+
+        _fleet.List().Should().OnlyContain(vm => vm.Phase == VmPhase.Down && !vm.Wanted);
+    }
+
     [Theory]
     [InlineData("never", "error", false)]
     [InlineData("never", "reset", false)]
@@ -298,12 +329,12 @@ public sealed class SupervisorTests
     public void Process_ThatNeverAnswers_IsEndedAndBacksOff()
     {
         Declare("name: a");
-        Pass(61);
+        Pass(121);
         _host.EndedByUs.Should().Equal("a");
         _fleet.OnEnded("a", VmExit.Vanished);
 
         Phase("a").Should().Be(VmPhase.Backoff);
-        _fleet.Find("a")!.LastExit!.Message.Should().Be("its process did not answer within a minute");
+        _fleet.Find("a")!.LastExit!.Message.Should().Be("its process did not answer within two minutes");
     }
 
     [Fact]

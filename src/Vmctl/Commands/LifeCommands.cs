@@ -19,21 +19,41 @@ internal static class StartCommand
     internal static Command Create(CommandContext context)
     {
         var command = new Command("start", "Start VMs, with everything that they require, and wait until they run.");
-        var arguments = new VmArguments(command, several: true);
+        var arguments = new VmArguments(command, several: true, optional: true);
+        var all = new Option<bool>("--all", "-a") { Description = "All VMs with autostart." };
         var noWait = new Option<bool>("--no-wait") { Description = "Do not wait until they run." };
         var console = new Option<bool>("--console", "-c") { Description = "Attach to the console." };
+        command.Add(all);
         command.Add(noWait);
         command.Add(console);
         command.SetAction(async (result, cancellation) =>
         {
             using FleetAccess fleet = arguments.Open(result);
+            string[] names = arguments.All(result);
+            if (names.Length == 0 && !result.GetValue(all))
+            {
+                throw new CommandException(ExitStatus.Usage, "start: name a VM, or give --all for all of them");
+            }
+
             await fleet.NeedDaemonAsync(cancellation).ConfigureAwait(false);
-            foreach (string name in arguments.All(result))
+            if (result.GetValue(all))
+            {
+                names = await AutostartedAsync(fleet, cancellation).ConfigureAwait(false);
+            }
+
+            // First all of them, so that the daemon can start them side by side.
+            foreach (string name in names)
             {
                 await fleet.CallAsync(true, $"/v1/vms/{Uri.EscapeDataString(name)}/start", cancellation).ConfigureAwait(false);
-                if (!result.GetValue(noWait))
+            }
+
+            if (!result.GetValue(noWait))
+            {
+                using var progress = new ProgressBar(context, "starting");
+                for (int i = 0; i < names.Length; i++)
                 {
-                    await WaitUpAsync(fleet, name, cancellation).ConfigureAwait(false);
+                    progress.Report((double)i / names.Length);
+                    await WaitUpAsync(fleet, names[i], cancellation).ConfigureAwait(false);
                 }
             }
 
@@ -42,6 +62,21 @@ internal static class StartCommand
                 : ExitStatus.Ok;
         });
         return command;
+    }
+
+    private static async Task<string[]> AutostartedAsync(FleetAccess fleet, CancellationToken cancellation)
+    {
+        var names = new List<string>();
+        JsonElement answer = await fleet.CallAsync(false, "/v1/vms", cancellation).ConfigureAwait(false);
+        foreach (JsonElement vm in answer.GetProperty("vms").EnumerateArray())
+        {
+            if (vm.GetProperty("autostart").GetBoolean())
+            {
+                names.Add(vm.GetProperty("name").GetString()!);
+            }
+        }
+
+        return [.. names];
     }
 
     internal static async Task WaitUpAsync(FleetAccess fleet, string name, CancellationToken cancellation)
@@ -89,9 +124,8 @@ internal static class StopCommand
 
             if (result.GetValue(all))
             {
-                List<string> running = fleet.RunningNames();
-                running.Reverse();
-                names = [.. running];
+                await StopAllAsync(fleet, result.GetValue(force), Timeout(result, timeout), cancellation).ConfigureAwait(false);
+                names = [.. fleet.RunningNames()];
             }
 
             foreach (string name in names)
@@ -126,14 +160,8 @@ internal static class StopCommand
     {
         if (await fleet.HasDaemonAsync(cancellation).ConfigureAwait(false))
         {
-            string query = (force, timeout) switch
-            {
-                (true, _) => "?force=true",
-                (_, { } limit) => "?timeout=" + Uri.EscapeDataString(Quantity.FormatDuration(limit)),
-                _ => string.Empty,
-            };
             FleetAnswer answer = await fleet.Client.CallAsync(
-                true, $"/v1/vms/{Uri.EscapeDataString(name)}/stop{query}", cancellation).ConfigureAwait(false);
+                true, $"/v1/vms/{Uri.EscapeDataString(name)}/stop{Query(force, timeout)}", cancellation).ConfigureAwait(false);
             if (answer.IsOk)
             {
                 return;
@@ -155,6 +183,23 @@ internal static class StopCommand
                 ExitStatus.WrongState, $"\"{name}\" did not stop within {Quantity.FormatDuration(patience)}; vmctl stop -f ends it");
         }
     }
+
+    // The daemon knows in which order; what is not the daemon's is left for after it.
+    private static async Task StopAllAsync(FleetAccess fleet, bool force, TimeSpan? timeout, CancellationToken cancellation)
+    {
+        if (await fleet.HasDaemonAsync(cancellation).ConfigureAwait(false))
+        {
+            await fleet.CallAsync(true, "/v1/stop" + Query(force, timeout), cancellation).ConfigureAwait(false);
+        }
+    }
+
+    private static string Query(bool force, TimeSpan? timeout) => (force, timeout) switch
+    {
+        (true, { } limit) => "?force=true&timeout=" + Uri.EscapeDataString(Quantity.FormatDuration(limit)),
+        (true, _) => "?force=true",
+        (_, { } limit) => "?timeout=" + Uri.EscapeDataString(Quantity.FormatDuration(limit)),
+        _ => string.Empty,
+    };
 }
 
 /// <summary><c>vmctl restart</c>.</summary>
@@ -369,7 +414,7 @@ internal static class ControlCommands
     internal static Command Snapshot(CommandContext context)
     {
         _ = context;
-        var command = new Command("snapshot", "Save a VM's state to a file and go on; `vmctl receive` or `run --restore` continues from it.");
+        var command = new Command("snapshot", "Save a VM's state to a file and go on; \"vmctl run --restore\" continues from it.");
         var arguments = new VmArguments(command);
         var file = new Argument<string>("file") { Description = "File for the state.", Arity = ArgumentArity.ExactlyOne };
         var stop = new Option<bool>("--stop") { Description = "End the VM when its state is saved." };

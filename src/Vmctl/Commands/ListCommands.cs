@@ -3,10 +3,12 @@ using System;
 using System.Collections.Generic;
 using System.CommandLine;
 using System.Globalization;
+using System.IO;
 using System.Text.Json;
 using System.Threading;
 using System.Threading.Tasks;
 using Vmm.Config;
+using Vmm.Fleet;
 using Vmm.Fleet.Control;
 
 namespace Vmctl.Commands;
@@ -208,11 +210,19 @@ internal static class StatusCommand
         command.Aliases.Add("show");
         var arguments = new VmArguments(command, several: false, optional: true);
         var format = CommonOptions.Output();
+        var definition = new Option<bool>("--definition", "-d") { Description = "The definition as YAML, every default written out." };
         command.Add(format);
+        command.Add(definition);
         command.SetAction(async (result, cancellation) =>
         {
             using FleetAccess fleet = arguments.Open(result);
             OutputFormat shape = CommonOptions.Format(result, format);
+            if (result.GetValue(definition))
+            {
+                await WriteDefinitionAsync(context, fleet, arguments.All(result), cancellation).ConfigureAwait(false);
+                return ExitStatus.Ok;
+            }
+
             (List<VmLine> lines, _) = await ListCommand.ReadAsync(fleet, cancellation).ConfigureAwait(false);
             if (arguments.All(result) is not [string name])
             {
@@ -239,5 +249,33 @@ internal static class StatusCommand
             return ExitStatus.Ok;
         });
         return command;
+    }
+
+    // The daemon's, or of a VM that runs without one what its process was given.
+    private static async Task WriteDefinitionAsync(
+        CommandContext context, FleetAccess fleet, string[] names, CancellationToken cancellation)
+    {
+        if (names is not [string name])
+        {
+            throw new CommandException(ExitStatus.Usage, "status: --definition wants the name of a VM");
+        }
+
+        if (await fleet.HasDaemonAsync(cancellation).ConfigureAwait(false))
+        {
+            FleetAnswer answer = await fleet.Client.CallAsync(
+                false, "/v1/vms/" + Uri.EscapeDataString(name), cancellation).ConfigureAwait(false);
+            if (answer.IsOk)
+            {
+                context.Output.Write(answer.Body.GetProperty("definition").GetString());
+                return;
+            }
+        }
+
+        if (!fleet.RunningNames().Contains(name))
+        {
+            throw await fleet.NotRunningAsync(name, cancellation).ConfigureAwait(false);
+        }
+
+        context.Output.Write(await File.ReadAllTextAsync(fleet.Paths.Of(name).Definition, cancellation).ConfigureAwait(false));
     }
 }

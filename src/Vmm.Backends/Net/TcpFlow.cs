@@ -284,7 +284,11 @@ internal sealed class TcpFlow : IDisposable
             return;
         }
 
-        if (++_retries > MaxRetries)
+        // Who connects to a forwarded port has been accepted by the host already. A guest that never said a word is not up, or
+        // has no network: better to say so at once than to keep the connection waiting. (One that was restored and has
+        // nothing to say answers the first attempt.)
+        bool isNobody = _state == State.SynSent && !_network.HasSpoken;
+        if (++_retries > MaxRetries || isNobody)
         {
             Reset();
             return;

@@ -149,6 +149,9 @@ public sealed class UserNetwork : INetBackend
 
     internal ulong GuestMac { get; }
 
+    /// <summary>The guest has sent something: its card has a driver.</summary>
+    internal bool HasSpoken { get; private set; }
+
     internal ulong GatewayMac { get; }
 
     internal int Mtu { get; }
@@ -492,6 +495,7 @@ public sealed class UserNetwork : INetBackend
     // True when there is something for the loop to do.
     private bool Route(ReadOnlySpan<byte> frame, in NetOffload offload)
     {
+        HasSpoken = true;
         ulong to = Mac.Read(frame);
         bool group = Mac.IsGroup(to);
         if (to != GatewayMac && !group)

@@ -41,6 +41,7 @@ public sealed class FleetDaemon
     private readonly Lock _loadGate = new();
     private string _signature = string.Empty;
     private IReadOnlyList<Diagnostic> _errors = [];
+    private TimeSpan _stopTimeout = new FleetSpec { Machines = [] }.StopTimeout;
 
     /// <summary>Makes one.</summary>
     /// <param name="options">What it is told.</param>
@@ -51,7 +52,7 @@ public sealed class FleetDaemon
         _options = options;
         _log = log;
         Host = new ProcessVmHost(options.Paths, options.Launcher ?? new ShellLauncher(options.Paths, options.Program), Say);
-        Supervisor = new Supervisor(Host, _time);
+        Supervisor = new Supervisor(Host, _time, 2 * Environment.ProcessorCount);
         Host.Attach(Supervisor);
         Events = new EventHub();
         Supervisor.Happened += happened =>
@@ -81,6 +82,18 @@ public sealed class FleetDaemon
             lock (_loadGate)
             {
                 return _errors;
+            }
+        }
+    }
+
+    /// <summary>How long stopping the whole fleet may take.</summary>
+    public TimeSpan StopTimeout
+    {
+        get
+        {
+            lock (_loadGate)
+            {
+                return _stopTimeout;
             }
         }
     }
@@ -136,6 +149,7 @@ public sealed class FleetDaemon
             {
                 FleetSpec fleet = ConfigFiles.LoadDirectory(Paths.Definitions);
                 Supervisor.Declare(fleet, intents);
+                _stopTimeout = fleet.StopTimeout;
                 _errors = [];
             }
             catch (ConfigException wrong)
@@ -206,16 +220,7 @@ public sealed class FleetDaemon
 
     private async Task DrainAsync()
     {
-        TimeSpan limit = TimeSpan.FromMinutes(3);
-        try
-        {
-            limit = ConfigFiles.LoadDirectory(Paths.Definitions).StopTimeout;
-        }
-        catch (ConfigException)
-        {
-            // The usual limit, then.
-        }
-
+        TimeSpan limit = StopTimeout;
         Say($"stopping the fleet, at most {Quantity.FormatDuration(limit)}");
         Supervisor.Drain(limit);
         using var timer = new PeriodicTimer(s_tick, _time);

@@ -42,16 +42,17 @@ internal sealed class HttpApi
             json.WriteString("definitions", _daemon.Paths.Definitions);
         }));
         routes.MapGet("/v1/vms", ListAsync);
-        routes.MapGet("/v1/vms/{name}", ShowAsync);
+        routes.MapGet("/v1/vms/{name}", OfVm(ShowAsync));
         routes.MapGet("/v1/events", EventsAsync);
-        routes.MapGet("/v1/vms/{name}/screen", ScreenAsync);
-        routes.MapGet("/v1/vms/{name}/console", ConsoleAsync);
+        routes.MapGet("/v1/vms/{name}/screen", OfVm(ScreenAsync));
+        routes.MapGet("/v1/vms/{name}/console", OfVm(ConsoleAsync));
         routes.MapPost("/v1/reload", ReloadAsync);
-        routes.MapPost("/v1/vms/{name}/start", StartVmAsync);
-        routes.MapPost("/v1/vms/{name}/stop", StopVmAsync);
+        routes.MapPost("/v1/stop", StopAllAsync);
+        routes.MapPost("/v1/vms/{name}/start", OfVm(StartVmAsync));
+        routes.MapPost("/v1/vms/{name}/stop", OfVm(StopVmAsync));
         foreach ((string verb, string command) in new[] { ("pause", "stop"), ("unpause", "cont"), ("reset", "system_reset") })
         {
-            routes.MapPost("/v1/vms/{name}/" + verb, context => ControlAsync(context, command));
+            routes.MapPost("/v1/vms/{name}/" + verb, OfVm((context, vm) => ControlAsync(context, vm, command)));
         }
     }
 
@@ -80,13 +81,8 @@ internal sealed class HttpApi
         }).ConfigureAwait(false);
     }
 
-    private async Task ShowAsync(HttpContext context)
+    private async Task ShowAsync(HttpContext context, VmStatus vm)
     {
-        if (await FindAsync(context).ConfigureAwait(false) is not { } vm)
-        {
-            return;
-        }
-
         VmReport? report = vm.Pid == 0 ? null : await _daemon.Host.ReportAsync(vm.Name, context.RequestAborted).ConfigureAwait(false);
         await WriteJsonAsync(context, 200, json =>
         {
@@ -95,48 +91,72 @@ internal sealed class HttpApi
         }).ConfigureAwait(false);
     }
 
-    private async Task StartVmAsync(HttpContext context)
+    private Task StartVmAsync(HttpContext context, VmStatus vm)
     {
-        if (await FindAsync(context).ConfigureAwait(false) is not { } vm)
-        {
-            return;
-        }
-
         _daemon.Supervisor.Start(vm.Name);
-        await WriteVmAsync(context, vm.Name).ConfigureAwait(false);
+        return WriteVmAsync(context, vm.Name);
     }
 
-    // ?force=true ends at once; ?timeout=SECONDS waits for the guest and takes the request back when the time is up.
-    private async Task StopVmAsync(HttpContext context)
+    // ?force=true ends at once; ?timeout=TIME waits for the guest and takes the request back when the time is up.
+    private async Task StopVmAsync(HttpContext context, VmStatus vm)
     {
-        if (await FindAsync(context).ConfigureAwait(false) is not { } vm)
-        {
-            return;
-        }
-
-        bool force = context.Request.Query["force"] == "true";
-        TimeSpan timeout = Quantity.TryParseDuration(context.Request.Query["timeout"], out TimeSpan given) ? given : vm.Spec.StopTimeout;
+        (bool force, TimeSpan timeout) = HowToStop(context, vm.Spec.StopTimeout);
         _daemon.Supervisor.Stop(vm.Name, force);
-        bool isDown = await _daemon.Supervisor.WaitAsync(
-            fleet => fleet.Find(vm.Name) is null or { Phase: VmPhase.Down }, timeout, context.RequestAborted).ConfigureAwait(false);
-        if (isDown)
+        if (await IsStoppedAsync(context, timeout, vm.Name).ConfigureAwait(false))
         {
             await WriteVmAsync(context, vm.Name).ConfigureAwait(false);
             return;
         }
 
-        _daemon.Supervisor.CancelStop(vm.Name);
         await WriteErrorAsync(
             context, 409, $"\"{vm.Name}\" did not stop within {Quantity.FormatDuration(timeout)}; vmctl stop -f ends it").ConfigureAwait(false);
     }
 
-    private async Task ControlAsync(HttpContext context, string command)
+    // The same for all of them: dependents first, otherwise side by side; the time is for all together.
+    private async Task StopAllAsync(HttpContext context)
     {
-        if (await FindAsync(context).ConfigureAwait(false) is not { } vm)
+        (bool force, TimeSpan timeout) = HowToStop(context, _daemon.StopTimeout);
+        _daemon.Supervisor.StopAll(force);
+        var names = new List<string>();
+        foreach (VmStatus vm in _daemon.Supervisor.List())
         {
+            names.Add(vm.Name);
+        }
+
+        if (await IsStoppedAsync(context, timeout, [.. names]).ConfigureAwait(false))
+        {
+            await WriteJsonAsync(context, 200, json => json.WriteNumber("vms", names.Count)).ConfigureAwait(false);
             return;
         }
 
+        names.RemoveAll(name => _daemon.Supervisor.Find(name) is null or { Phase: VmPhase.Down });
+        await WriteErrorAsync(
+            context,
+            409,
+            $"{string.Join(", ", names)} did not stop within {Quantity.FormatDuration(timeout)}; vmctl stop -f ends them").ConfigureAwait(false);
+    }
+
+    private static (bool Force, TimeSpan Timeout) HowToStop(HttpContext context, TimeSpan usual)
+    {
+        bool isGiven = Quantity.TryParseDuration(context.Request.Query["timeout"], out TimeSpan given);
+        return (context.Request.Query["force"] == "true", isGiven ? given : usual);
+    }
+
+    private async Task<bool> IsStoppedAsync(HttpContext context, TimeSpan timeout, params string[] names)
+    {
+        bool IsUp(string name) => _daemon.Supervisor.Find(name) is { Phase: not VmPhase.Down };
+        bool isDown = await _daemon.Supervisor.WaitAsync(
+            _ => !Array.Exists(names, IsUp), timeout, context.RequestAborted).ConfigureAwait(false);
+        foreach (string name in isDown ? [] : names)
+        {
+            _daemon.Supervisor.CancelStop(name);
+        }
+
+        return isDown;
+    }
+
+    private async Task ControlAsync(HttpContext context, VmStatus vm, string command)
+    {
         if (vm.Phase != VmPhase.Running)
         {
             await WriteErrorAsync(context, 409, $"\"{vm.Name}\" is {vm.Phase.ToString().ToLowerInvariant()}, not running").ConfigureAwait(false);
@@ -153,49 +173,40 @@ internal sealed class HttpApi
     }
 
     // ?width=N: a picture of about that width, for lists.
-    private async Task ScreenAsync(HttpContext context)
+    private async Task ScreenAsync(HttpContext context, VmStatus vm)
     {
-        if (await FindAsync(context).ConfigureAwait(false) is not { } vm)
-        {
-            return;
-        }
-
-        bool isNumber = int.TryParse(context.Request.Query["width"], NumberStyles.None, CultureInfo.InvariantCulture, out int width);
-        (byte[]? png, string? why) = vm.Phase is VmPhase.Running or VmPhase.Stopping
-            ? await _daemon.Host.ScreenAsync(vm.Name, isNumber ? width : 0, context.RequestAborted).ConfigureAwait(false)
+        (byte[]? png, string? why) = HasProcess(vm)
+            ? await _daemon.Host.ScreenAsync(vm.Name, Number(context, "width", 0), context.RequestAborted).ConfigureAwait(false)
             : (null, "is not running");
-        if (png is null)
-        {
-            await WriteErrorAsync(context, 409, $"\"{vm.Name}\" {why}").ConfigureAwait(false);
-            return;
-        }
-
-        context.Response.ContentType = "image/png";
-        context.Response.Headers.CacheControl = "no-store";
-        await context.Response.Body.WriteAsync(png, context.RequestAborted).ConfigureAwait(false);
+        await WriteBytesAsync(context, "image/png", png, $"\"{vm.Name}\" {why}").ConfigureAwait(false);
     }
 
     // ?tail=N: at most that many bytes of what the guest wrote last. Bytes as the guest sent them, escapes and all.
-    private async Task ConsoleAsync(HttpContext context)
+    private async Task ConsoleAsync(HttpContext context, VmStatus vm)
     {
-        if (await FindAsync(context).ConfigureAwait(false) is not { } vm)
-        {
-            return;
-        }
-
-        bool isNumber = int.TryParse(context.Request.Query["tail"], NumberStyles.None, CultureInfo.InvariantCulture, out int tail);
-        byte[]? text = vm.Phase is VmPhase.Running or VmPhase.Stopping
-            ? await _daemon.Host.ConsoleTailAsync(vm.Name, isNumber ? Math.Clamp(tail, 1, 1 << 20) : 4096, context.RequestAborted).ConfigureAwait(false)
+        int tail = Math.Clamp(Number(context, "tail", 4096), 1, 1 << 20);
+        byte[]? text = HasProcess(vm)
+            ? await _daemon.Host.ConsoleTailAsync(vm.Name, tail, context.RequestAborted).ConfigureAwait(false)
             : null;
-        if (text is null)
+        await WriteBytesAsync(context, "application/octet-stream", text, $"\"{vm.Name}\" is not running").ConfigureAwait(false);
+    }
+
+    private static bool HasProcess(VmStatus vm) => vm.Phase is VmPhase.Running or VmPhase.Stopping;
+
+    private static int Number(HttpContext context, string name, int otherwise) =>
+        int.TryParse(context.Request.Query[name], NumberStyles.None, CultureInfo.InvariantCulture, out int number) ? number : otherwise;
+
+    private static async Task WriteBytesAsync(HttpContext context, string type, byte[]? bytes, string whyNot)
+    {
+        if (bytes is null)
         {
-            await WriteErrorAsync(context, 409, $"\"{vm.Name}\" is not running").ConfigureAwait(false);
+            await WriteErrorAsync(context, 409, whyNot).ConfigureAwait(false);
             return;
         }
 
-        context.Response.ContentType = "application/octet-stream";
+        context.Response.ContentType = type;
         context.Response.Headers.CacheControl = "no-store";
-        await context.Response.Body.WriteAsync(text, context.RequestAborted).ConfigureAwait(false);
+        await context.Response.Body.WriteAsync(bytes, context.RequestAborted).ConfigureAwait(false);
     }
 
     private async Task ReloadAsync(HttpContext context)
@@ -281,7 +292,7 @@ internal sealed class HttpApi
         var asked = new List<Task<VmReport?>>();
         foreach (VmStatus vm in vms)
         {
-            if (vm.Phase is VmPhase.Running or VmPhase.Stopping)
+            if (HasProcess(vm))
             {
                 asked.Add(_daemon.Host.ReportAsync(vm.Name, limit.Token));
             }
@@ -306,12 +317,12 @@ internal sealed class HttpApi
         return reports;
     }
 
-    private async Task<VmStatus?> FindAsync(HttpContext context)
+    private RequestDelegate OfVm(Func<HttpContext, VmStatus, Task> handle) => context =>
     {
         string name = (string?)context.Request.RouteValues["name"] ?? string.Empty;
         if (_daemon.Supervisor.Find(name) is { } vm)
         {
-            return vm;
+            return handle(context, vm);
         }
 
         var names = new List<string>();
@@ -320,9 +331,8 @@ internal sealed class HttpApi
             names.Add(other.Name);
         }
 
-        await WriteErrorAsync(context, 404, $"no VM is called \"{name}\"{Suggestion.Ending(name, names)}").ConfigureAwait(false);
-        return null;
-    }
+        return WriteErrorAsync(context, 404, $"no VM is called \"{name}\"{Suggestion.Ending(name, names)}");
+    };
 
     private Task WriteVmAsync(HttpContext context, string name)
     {
@@ -343,6 +353,7 @@ internal sealed class HttpApi
         json.WriteString("state", isPaused ? "paused" : vm.Phase.ToString().ToLowerInvariant());
         json.WriteString("health", vm.Health.ToString().ToLowerInvariant());
         json.WriteBoolean("wanted", vm.Wanted);
+        json.WriteBoolean("autostart", vm.Spec.Autostart);
         json.WriteBoolean("changed", vm.Changed);
         json.WriteNumber("pid", vm.Pid);
         json.WriteString("since", vm.Since);

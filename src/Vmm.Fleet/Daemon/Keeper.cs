@@ -18,7 +18,7 @@ namespace Vmm.Fleet.Daemon;
 // and state directories and what the administrator gives it (disks). Between keeper and daemon there is a pair of pipes
 // (the daemon's standard output and input) and three words, one JSON object a line:
 //
-//   daemon -> keeper   {"launch": NAME}    keeper -> daemon   {} or {"error": TEXT}
+//   daemon -> keeper   {"launch": NAME}    keeper -> daemon   {"pid": NUMBER} or {"error": TEXT}
 //                      {"end": NAME}                          {}
 //                                                             {"reload": true}, at any time
 //
@@ -121,9 +121,10 @@ public sealed class Keeper
             JsonElement root = document.RootElement;
             if (root.TryGetProperty("launch", out JsonElement launch) && launch.GetString() is { } name)
             {
-                Launch(name);
+                return string.Create(CultureInfo.InvariantCulture, $"{{\"pid\":{Launch(name)}}}");
             }
-            else if (root.TryGetProperty("end", out JsonElement end) && end.GetString() is { } ended)
+
+            if (root.TryGetProperty("end", out JsonElement end) && end.GetString() is { } ended)
             {
                 End(ended);
             }
@@ -165,7 +166,7 @@ public sealed class Keeper
         }
     }
 
-    private void Launch(string name)
+    private int Launch(string name)
     {
         MachineSpec spec = Find(name);
         string user = spec.RunAs ?? _options.VmUser;
@@ -176,7 +177,7 @@ public sealed class Keeper
         string definition = Path.Combine(_definitions, name + ".yaml");
         VmProcess.WriteWhole(definition, SpecWriter.Write(spec));
         HostFiles.GiveFile(definition, 0, group, GroupReads);
-        _launcher.Start(spec, definition, "007", string.Empty, ["--user", user, "--log", vm.ProcessLog]);
+        return _launcher.Start(spec, definition, "007", string.Empty, ["--user", user, "--log", vm.ProcessLog]);
     }
 
     private void End(string name)
@@ -217,14 +218,13 @@ public sealed class KeptLauncher : IVmLauncher, IDisposable
     }
 
     /// <inheritdoc/>
-    public void Launch(MachineSpec spec)
+    public int Launch(MachineSpec spec)
     {
         ArgumentNullException.ThrowIfNull(spec);
         using JsonDocument answer = JsonDocument.Parse(Ask("launch", spec.Name));
-        if (answer.RootElement.TryGetProperty("error", out JsonElement error))
-        {
-            throw new IOException(error.GetString());
-        }
+        return answer.RootElement.TryGetProperty("pid", out JsonElement pid)
+            ? pid.GetInt32()
+            : throw new IOException(answer.RootElement.TryGetProperty("error", out JsonElement error) ? error.GetString() : "the keeper did not start it");
     }
 
     /// <inheritdoc/>

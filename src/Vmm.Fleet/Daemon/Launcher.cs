@@ -20,8 +20,9 @@ namespace Vmm.Fleet.Daemon;
 public interface IVmLauncher
 {
     /// <summary>Starts a VM's process.</summary>
+    /// <returns>Its number.</returns>
     /// <exception cref="IOException">It cannot be started; the message is one line for people.</exception>
-    void Launch(MachineSpec spec);
+    int Launch(MachineSpec spec);
 
     /// <summary>Ends a VM's process that does not listen, without asking it.</summary>
     void End(string name);
@@ -34,7 +35,8 @@ public sealed class ShellLauncher : IVmLauncher
         umask "$1"
         log=$2 nice=$3 files=$4 cgroup=$5 cpu=$6 memory=$7 name=$8
         shift 8
-        if [ -n "$log" ]; then exec </dev/null >>"$log" 2>&1; else exec </dev/null; fi
+        exec 3>&1 </dev/null
+        if [ -n "$log" ]; then exec >>"$log" 2>&1; else exec >&2; fi
         [ "$files" = 0 ] || ulimit -n "$files" || exit 1
         if [ -n "$cgroup" ]; then
             mkdir -p "$cgroup" && echo $$ >"$cgroup/cgroup.procs" || echo "vmctl: no cgroup for $name: its limits are not enforced"
@@ -42,6 +44,7 @@ public sealed class ShellLauncher : IVmLauncher
             [ "$memory" = 0 ] || echo "$memory" >"$cgroup/memory.max"
         fi
         (
+            exec 3>&-
             [ "$nice" = 0 ] && exec "$@"
             exec nice -n "$nice" "$@"
         ) &
@@ -50,8 +53,10 @@ public sealed class ShellLauncher : IVmLauncher
             [ "$cpu" = 0 ] || rctl -a "process:$pid:pcpu:deny=$cpu"
             [ "$memory" = 0 ] || rctl -a "process:$pid:memoryuse:deny=$memory"
         fi
-        exit 0
+        echo "$pid" >&3
         """;
+
+    private static readonly TimeSpan s_shellPatience = TimeSpan.FromMinutes(1);
 
     private readonly FleetPaths _paths;
     private readonly string _program;
@@ -66,7 +71,7 @@ public sealed class ShellLauncher : IVmLauncher
     }
 
     /// <inheritdoc/>
-    public void Launch(MachineSpec spec)
+    public int Launch(MachineSpec spec)
     {
         ArgumentNullException.ThrowIfNull(spec);
         VmPaths vm = _paths.Of(spec.Name);
@@ -75,7 +80,7 @@ public sealed class ShellLauncher : IVmLauncher
         File.Delete(vm.Exit);
         string definition = Path.Combine(vm.Run, "next.yaml");
         VmProcess.WriteWhole(definition, SpecWriter.Write(spec));
-        Start(spec, definition, "077", vm.ProcessLog, []);
+        return Start(spec, definition, "077", vm.ProcessLog, []);
     }
 
     /// <inheritdoc/>
@@ -95,8 +100,9 @@ public sealed class ShellLauncher : IVmLauncher
     /// <param name="umask">In octal.</param>
     /// <param name="log">Standard output and error; empty for this process's own.</param>
     /// <param name="options">More options of <c>_run</c>.</param>
+    /// <returns>The number of the VM's process.</returns>
     /// <exception cref="IOException">The shell failed.</exception>
-    internal void Start(MachineSpec spec, string definition, string umask, string log, string[] options)
+    internal int Start(MachineSpec spec, string definition, string umask, string log, string[] options)
     {
         string cgroup = string.Empty;
         bool wantsGroup = spec.Limits.CpuPercent != 0 || spec.Limits.OverheadBytes != 0;
@@ -112,19 +118,25 @@ public sealed class ShellLauncher : IVmLauncher
             Number(spec.Limits.CpuPercent), Number(memory), spec.Name,
             _program, "_run", .. options, "--run-dir", _paths.Run, "--state-dir", _paths.State, definition,
         ];
-        var start = new ProcessStartInfo("/bin/sh") { UseShellExecute = false, WorkingDirectory = "/" };
+        // A keeper's own pipes are for its daemon; the shell gets neither.
+        var start = new ProcessStartInfo("/bin/sh")
+        {
+            UseShellExecute = false,
+            WorkingDirectory = "/",
+            RedirectStandardInput = true,
+            RedirectStandardOutput = true,
+        };
         foreach (string argument in arguments)
         {
             start.ArgumentList.Add(argument);
         }
 
-        // A keeper's own pipes are for its daemon; the shell gets neither.
-        start.RedirectStandardInput = log.Length == 0;
         using Process shell = Process.Start(start) ?? throw new IOException("/bin/sh did not start");
-        if (!shell.WaitForExit(10_000) || shell.ExitCode != 0)
-        {
-            throw new IOException($"its limits cannot be put in place; see {_paths.Of(spec.Name).ProcessLog}");
-        }
+        bool hasEnded = shell.WaitForExit(s_shellPatience);
+        return hasEnded && shell.ExitCode == 0
+            && int.TryParse(shell.StandardOutput.ReadLine(), NumberStyles.None, CultureInfo.InvariantCulture, out int pid)
+                ? pid
+                : throw new IOException($"its limits cannot be put in place; see {_paths.Of(spec.Name).ProcessLog}");
     }
 
     private static string Number(long value) => value.ToString(CultureInfo.InvariantCulture);

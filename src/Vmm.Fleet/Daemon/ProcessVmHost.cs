@@ -14,6 +14,7 @@ using System.Threading;
 using System.Threading.Tasks;
 using Vmm.Config;
 using Vmm.Fleet.Control;
+using Vmm.Host;
 
 namespace Vmm.Fleet.Daemon;
 
@@ -25,6 +26,15 @@ namespace Vmm.Fleet.Daemon;
 /// <summary>Runs VMs as processes of this host. Thread-safe.</summary>
 public sealed class ProcessVmHost : IVmHost
 {
+    // Less than the supervisor's limit, so that the reason comes from here.
+    private static readonly TimeSpan s_answerPatience = Supervisor.StartLimit - TimeSpan.FromSeconds(10);
+
+    // A process without its socket flushes its disks, which may be slow; one that was told to quit by force gets less time.
+    private static readonly TimeSpan s_closePatience = TimeSpan.FromMinutes(1);
+    private static readonly TimeSpan s_quitPatience = TimeSpan.FromSeconds(10);
+
+    private static readonly TimeSpan s_tcpLinger = TimeSpan.FromSeconds(2);
+
     private readonly ConcurrentDictionary<string, Watcher> _watchers = new(StringComparer.Ordinal);
     private readonly FleetPaths _paths;
     private readonly IVmLauncher _launcher;
@@ -66,7 +76,7 @@ public sealed class ProcessVmHost : IVmHost
             {
                 MachineSpec running = ConfigFiles.LoadMachine(vm.Definition);
                 Supervisor.Adopt(running, VmProcess.ReadPid(vm) ?? 0);
-                Watch(name, TimeSpan.Zero);
+                Watch(name, VmProcess.ReadPid(vm) ?? 0, s_answerPatience);
             }
             catch (ConfigException damaged)
             {
@@ -111,8 +121,8 @@ public sealed class ProcessVmHost : IVmHost
                     File.Delete(_paths.Of(name).Exit);
                 }
 
-                _launcher.Launch(spec);
-                Watch(name, TimeSpan.FromSeconds(50));
+                int pid = _launcher.Launch(spec);
+                Watch(name, pid, s_answerPatience);
             }
             catch (Exception failure) when (failure is IOException or UnauthorizedAccessException or System.ComponentModel.Win32Exception)
             {
@@ -129,7 +139,7 @@ public sealed class ProcessVmHost : IVmHost
     {
         if (await CommandAsync(name, "quit").ConfigureAwait(false))
         {
-            await Task.Delay(TimeSpan.FromSeconds(3)).ConfigureAwait(false);
+            await WaitGoneAsync(_paths.Of(name), s_quitPatience).ConfigureAwait(false);
         }
 
         if (VmProcess.IsAlive(_paths.Of(name)))
@@ -263,21 +273,21 @@ public sealed class ProcessVmHost : IVmHost
         }
     }
 
-    private void Watch(string name, TimeSpan patience)
+    private void Watch(string name, int pid, TimeSpan patience)
     {
         var watcher = new Watcher();
         if (_watchers.TryAdd(name, watcher))
         {
-            _ = Task.Run(() => WatchAsync(name, watcher, patience));
+            _ = Task.Run(() => WatchAsync(name, watcher, pid, patience));
         }
     }
 
-    private async Task WatchAsync(string name, Watcher watcher, TimeSpan patience)
+    private async Task WatchAsync(string name, Watcher watcher, int launched, TimeSpan patience)
     {
         VmPaths vm = _paths.Of(name);
         try
         {
-            using ControlClient? client = await ConnectAsync(vm, patience).ConfigureAwait(false);
+            using ControlClient? client = await ConnectAsync(vm, launched, patience).ConfigureAwait(false);
             if (client is not null)
             {
                 watcher.WasUp = true;
@@ -289,16 +299,12 @@ public sealed class ProcessVmHost : IVmHost
             }
 
             // The connection is gone; the process may still be writing its last word, or may never have come up.
-            for (int i = 0; i < 100 && VmProcess.IsAlive(vm); i++)
-            {
-                await Task.Delay(50).ConfigureAwait(false);
-            }
-
+            await WaitGoneAsync(vm, s_closePatience).ConfigureAwait(false);
             if (VmProcess.IsAlive(vm) && VmProcess.ReadPid(vm) is { } pid)
             {
                 _log($"{name}: process {pid} closed its socket and did not end; ending it");
                 _launcher.End(name);
-                await Task.Delay(200).ConfigureAwait(false);
+                await WaitGoneAsync(vm, s_quitPatience).ConfigureAwait(false);
             }
         }
         finally
@@ -307,6 +313,15 @@ public sealed class ProcessVmHost : IVmHost
         }
 
         Supervisor.OnEnded(name, VmExit.Read(vm.Exit) ?? (watcher.WasUp ? VmExit.Vanished : DiedEarly(vm)));
+    }
+
+    private static async Task WaitGoneAsync(VmPaths vm, TimeSpan patience)
+    {
+        long start = Stopwatch.GetTimestamp();
+        while (VmProcess.IsAlive(vm) && Stopwatch.GetElapsedTime(start) < patience)
+        {
+            await Task.Delay(50).ConfigureAwait(false);
+        }
     }
 
     private static VmExit DiedEarly(VmPaths vm)
@@ -327,7 +342,7 @@ public sealed class ProcessVmHost : IVmHost
         return last is null ? VmExit.Vanished : new VmExit(4, "error", last);
     }
 
-    private static async Task<ControlClient?> ConnectAsync(VmPaths vm, TimeSpan patience)
+    private static async Task<ControlClient?> ConnectAsync(VmPaths vm, int launched, TimeSpan patience)
     {
         var watch = Stopwatch.StartNew();
         bool wasAlive = false;
@@ -339,9 +354,11 @@ public sealed class ProcessVmHost : IVmHost
                 return client;
             }
 
+            // First whether the process is there, then whether it holds its directory: it may be about to.
+            bool isThere = HostProcess.IsRunning(launched);
             bool isAlive = VmProcess.IsAlive(vm);
             bool hasEnded = (wasAlive && !isAlive) || VmExit.Read(vm.Exit) is not null;
-            bool neverCame = !isAlive && watch.Elapsed > TimeSpan.FromSeconds(10);
+            bool neverCame = !isThere && !isAlive;
             if (hasEnded || neverCame || watch.Elapsed > patience)
             {
                 return null;
@@ -357,13 +374,7 @@ public sealed class ProcessVmHost : IVmHost
         HealthSpec health = spec.Health!;
         if (health.Tcp is { } tcp)
         {
-            int colon = tcp.LastIndexOf(':');
-            string host = tcp[..colon].Trim('[', ']');
-            IPAddress address = host is "localhost" ? IPAddress.Loopback : IPAddress.Parse(host);
-            int port = int.Parse(tcp.AsSpan(colon + 1), NumberStyles.None, CultureInfo.InvariantCulture);
-            using var socket = new Socket(address.AddressFamily, SocketType.Stream, ProtocolType.Tcp);
-            await socket.ConnectAsync(new IPEndPoint(address, port), cancellation).ConfigureAwait(false);
-            return true;
+            return await ConnectTcpAsync(tcp, health.Timeout, cancellation).ConfigureAwait(false);
         }
 
         if (health.Console is { } pattern)
@@ -372,6 +383,28 @@ public sealed class ProcessVmHost : IVmHost
         }
 
         return await PingAgentAsync(spec, cancellation).ConfigureAwait(false);
+    }
+
+    // A forwarded port of the user-mode network accepts whether or not the guest does, and closes when the guest turns out not
+    // to. So a connection counts that stays for a while, or on which something is said.
+    private static async Task<bool> ConnectTcpAsync(string target, TimeSpan timeout, CancellationToken cancellation)
+    {
+        int colon = target.LastIndexOf(':');
+        string host = target[..colon].Trim('[', ']');
+        IPAddress address = host is "localhost" ? IPAddress.Loopback : IPAddress.Parse(host);
+        int port = int.Parse(target.AsSpan(colon + 1), NumberStyles.None, CultureInfo.InvariantCulture);
+        using var socket = new Socket(address.AddressFamily, SocketType.Stream, ProtocolType.Tcp);
+        await socket.ConnectAsync(new IPEndPoint(address, port), cancellation).ConfigureAwait(false);
+        using var linger = CancellationTokenSource.CreateLinkedTokenSource(cancellation);
+        linger.CancelAfter(timeout / 2 < s_tcpLinger ? timeout / 2 : s_tcpLinger);
+        try
+        {
+            return await socket.ReceiveAsync(new byte[1], linger.Token).ConfigureAwait(false) > 0;
+        }
+        catch (OperationCanceledException) when (!cancellation.IsCancellationRequested)
+        {
+            return true;
+        }
     }
 
     // Once the text was seen in this run it stays seen: a login prompt scrolls away.

@@ -42,7 +42,7 @@ internal static unsafe partial class LibC
     [LibraryImport("libc", SetLastError = true)]
     internal static partial int fchmod(int file, int mode);
 
-    // These three by the file names of their systems: the linker binds "libc", and the C library of Linux lacks them.
+    // These by the file names of their systems: the linker binds "libc", and the C library of Linux lacks them.
     // FreeBSD: procctl(2).
     [LibraryImport("libc.so.7", SetLastError = true)]
     internal static partial int procctl(int idType, long id, int command, int* data);
@@ -53,4 +53,11 @@ internal static unsafe partial class LibC
 
     [LibraryImport("libc.so.1", SetLastError = true, StringMarshalling = StringMarshalling.Utf8)]
     internal static partial int setppriv(int operation, string which, nint set);
+
+    // FreeBSD: cpuset_setaffinity(2). illumos: processor_bind(2).
+    [LibraryImport("libc.so.7", SetLastError = true)]
+    internal static partial int cpuset_setaffinity(int level, int which, long id, nuint size, ulong* mask);
+
+    [LibraryImport("libc.so.1", SetLastError = true)]
+    internal static partial int processor_bind(int idType, int id, int processor, int* old);
 }
