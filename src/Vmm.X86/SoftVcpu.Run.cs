@@ -151,7 +151,10 @@ public sealed unsafe partial class SoftVcpu
                     FlushRequested();
                 }
 
-                Interlocked.And(ref cpu->Request, ~(RequestBits.Look | RequestBits.Kick | RequestBits.Code | RequestBits.Stores));
+                // What is taken away is what is served: a kick that comes after the read above would be lost otherwise,
+                // and with it an interrupt whose line stays up.
+                request = Interlocked.And(
+                    ref cpu->Request, ~(RequestBits.Look | RequestBits.Kick | RequestBits.Code | RequestBits.Stores));
                 if ((request & RequestBits.Stores) != 0)
                 {
                     Sites.DropStores(cpu);

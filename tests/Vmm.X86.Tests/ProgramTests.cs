@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using System.Threading;
 using FluentAssertions;
 using Vmm.Core;
 using Xunit;
@@ -74,6 +75,53 @@ public sealed class ProgramTests
         ulong stack = vm.State.Gpr[4];
         vm.Read64(stack).Should().Be(2);
         vm.Read64(stack + 8).Should().Be(TestVm.CodeAt + 5);
+    }
+
+    // A loop that stores into its own page goes round through the outer loop all the time, as iPXE's does that waits for
+    // an interrupt; a kick must not be taken away with the request that the store makes.
+    [Fact]
+    public void Kick_DuringALoopThatWritesItsOwnCode_IsNeverLost()
+    {
+        using var vm = new TestVm();
+        vm.EnterReal();
+        vm.Assemble(TestVm.CodeAt, 16, a =>
+        {
+            var loop = a.CreateLabel();
+            a.Label(ref loop);
+            a.mov(__byte_ptr.cs[0x30], cl);
+            a.jmp(loop);
+        });
+        vm.Cpu.WriteState(vm.State);
+        const int Kicks = 20_000;
+        int returned = 0;
+        var thread = new Thread(() =>
+        {
+            var exit = default(VcpuExit);
+            while (Volatile.Read(ref returned) < Kicks && vm.Cpu.Run(ref exit) == ExitKind.Interrupted)
+            {
+                Interlocked.Increment(ref returned);
+            }
+        });
+        thread.Start();
+        int served = 0;
+        for (; served < Kicks; served++)
+        {
+            vm.Cpu.Kick();
+            if (!SpinWait.SpinUntil(() => Volatile.Read(ref returned) > served, 5_000))
+            {
+                break;
+            }
+        }
+
+        // The thread must end before the guest's memory does.
+        Volatile.Write(ref returned, Kicks);
+        do
+        {
+            vm.Cpu.Kick();
+        }
+        while (!thread.Join(100));
+
+        served.Should().Be(Kicks);
     }
 
     // SDM 2B, TZCNT and 2A, LZCNT: without them, BSF and BSR with a prefix that means nothing.
