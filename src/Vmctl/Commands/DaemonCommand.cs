@@ -93,21 +93,8 @@ internal static class DaemonCommand
     // The part that stays root.
     private static async Task<int> KeepAsync(DaemonOptions options, string user, string vmUser, CancellationToken cancellation)
     {
-        using var ending = CancellationTokenSource.CreateLinkedTokenSource(cancellation);
-        void End(PosixSignalContext signal)
-        {
-            signal.Cancel = true;
-            ending.Cancel();
-        }
-
-        using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, End);
-        using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, End);
         Action reload = static () => { };
-        using PosixSignalRegistration hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, signal =>
-        {
-            signal.Cancel = true;
-            reload();
-        });
+        using var signals = new Signals(cancellation, () => reload());
         List<string> words =
         [
             "daemon", "--kept", "--user", user, "--config-dir", options.Paths.Definitions, "--run-dir", options.Paths.Run,
@@ -125,7 +112,7 @@ internal static class DaemonCommand
         }
 
         var keeper = new Keeper(new KeeperOptions(options.Paths, options.Program, user, vmUser, words));
-        return await keeper.RunAsync(given => reload = given, ending.Token).ConfigureAwait(false);
+        return await keeper.RunAsync(given => reload = given, signals.Ending).ConfigureAwait(false);
     }
 
     // The part that is not root: its keeper is at the other end of standard input and output.
@@ -159,27 +146,50 @@ internal static class DaemonCommand
 
     private static async Task<int> RunAsync(CommandContext context, DaemonOptions options, CancellationToken cancellation, Action<FleetDaemon>? onMade = null)
     {
-        using var ending = CancellationTokenSource.CreateLinkedTokenSource(cancellation);
-        void End(PosixSignalContext signal)
-        {
-            signal.Cancel = true;
-            ending.Cancel();
-        }
-
-        using PosixSignalRegistration term = PosixSignalRegistration.Create(PosixSignal.SIGTERM, End);
-        using PosixSignalRegistration interrupt = PosixSignalRegistration.Create(PosixSignal.SIGINT, End);
         var daemon = new FleetDaemon(options, context.Error);
         onMade?.Invoke(daemon);
-        using PosixSignalRegistration hangUp = PosixSignalRegistration.Create(PosixSignal.SIGHUP, signal =>
-        {
-            signal.Cancel = true;
-            daemon.Load(force: true);
-        });
-        if (!await daemon.RunAsync(ending.Token).ConfigureAwait(false))
+        using var signals = new Signals(cancellation, () => daemon.Load(force: true));
+        if (!await daemon.RunAsync(signals.Ending).ConfigureAwait(false))
         {
             throw new CommandException(ExitStatus.WrongState, $"a daemon already runs for {options.Paths.Run}");
         }
 
         return ExitStatus.Ok;
+    }
+
+    /// <summary>What a daemon's process is told by signals: SIGTERM and SIGINT to end, SIGHUP to read its definitions again.</summary>
+    private sealed class Signals : IDisposable
+    {
+        private readonly CancellationTokenSource _ending;
+        private readonly PosixSignalRegistration[] _registrations;
+
+        internal Signals(CancellationToken cancellation, Action onHangUp)
+        {
+            _ending = CancellationTokenSource.CreateLinkedTokenSource(cancellation);
+            _registrations =
+            [
+                On(PosixSignal.SIGTERM, _ending.Cancel),
+                On(PosixSignal.SIGINT, _ending.Cancel),
+                On(PosixSignal.SIGHUP, onHangUp),
+            ];
+        }
+
+        internal CancellationToken Ending => _ending.Token;
+
+        public void Dispose()
+        {
+            foreach (PosixSignalRegistration registration in _registrations)
+            {
+                registration.Dispose();
+            }
+
+            _ending.Dispose();
+        }
+
+        private static PosixSignalRegistration On(PosixSignal signal, Action act) => PosixSignalRegistration.Create(signal, context =>
+        {
+            context.Cancel = true;
+            act();
+        });
     }
 }

@@ -39,6 +39,15 @@ internal static class ServiceCommand
         return new Command("service", "Have the system's own service manager start VMs.") { export };
     }
 
+    // The daemon's services are the files that the packages in ports/ install.
+    private static string Resource(string name)
+    {
+        using Stream stream = typeof(ServiceCommand).Assembly.GetManifestResourceStream(name)
+            ?? throw new InvalidOperationException($"{name} was not built in");
+        using var reader = new StreamReader(stream);
+        return reader.ReadToEnd();
+    }
+
     private static string Shell(string text) => "'" + text.Replace("'", "'\\''", StringComparison.Ordinal) + "'";
 
     // rc.conf variables are shell names.
@@ -57,33 +66,8 @@ internal static class ServiceCommand
     {
         if (spec is null)
         {
-            return $"""
-                #!/bin/sh
-                #
-                # PROVIDE: vmm
-                # REQUIRE: DAEMON NETWORKING FILESYSTEMS
-                # KEYWORD: shutdown
-                #
-                # vmm_enable="YES"     starts the daemon and with it every VM of vmm_dir
-                # vmm_dir=DIR          definitions (default: /usr/local/etc/vmm)
-                # vmm_flags=...        more flags for vmctl daemon
-
-                . /etc/rc.subr
-
-                name="vmm"
-                rcvar="vmm_enable"
-                load_rc_config "$name"
-                : "${"{"}vmm_enable:=NO{"}"}"
-                : "${"{"}vmm_dir:=/usr/local/etc/vmm{"}"}"
-
-                pidfile="/var/run/${"{"}name{"}"}.pid"
-                command="/usr/sbin/daemon"
-                command_args="-c -f -P ${"{"}pidfile{"}"} -o /var/log/vmm.log {vmctl} daemon --stop-on-exit"
-                command_args="$command_args --config-dir ${"{"}vmm_dir{"}"} ${"{"}vmm_flags{"}"}"
-
-                run_rc_command "$1"
-
-                """;
+            return Resource("vmm.rc").Replace("%%PREFIX%%/bin/vmctl", vmctl, StringComparison.Ordinal)
+                .Replace("%%PREFIX%%", "/usr/local", StringComparison.Ordinal);
         }
 
         string variable = Variable("vmm_" + spec.Name);
@@ -122,28 +106,7 @@ internal static class ServiceCommand
     {
         if (spec is null)
         {
-            return $"""
-                [Unit]
-                Description=Virtual machines of vmctl
-                Documentation=man:vmctl(8)
-                After=network-online.target local-fs.target
-                Wants=network-online.target
-
-                [Service]
-                ExecStart={vmctl} daemon
-                ExecReload=/bin/kill -HUP $MAINPID
-                # VMs outlive their daemon: the next one finds them.
-                KillMode=process
-                Restart=on-failure
-                RuntimeDirectory=vmm
-                RuntimeDirectoryMode=0700
-                RuntimeDirectoryPreserve=yes
-                Delegate=cpu memory
-
-                [Install]
-                WantedBy=multi-user.target
-
-                """;
+            return Resource("vmctl.service").Replace("/usr/bin/vmctl", vmctl, StringComparison.Ordinal);
         }
 
         string after = string.Concat(Array.ConvertAll([.. spec.After], name => $" vmm-{name}.service"));
