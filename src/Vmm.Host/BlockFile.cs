@@ -32,7 +32,7 @@ namespace Vmm.Host;
 /// <summary>A host file or block device that holds a disk image.</summary>
 public sealed unsafe class BlockFile : IDisposable
 {
-    private const int MaxVector = 64;
+    private const int MaxVector = 256; // a mebibyte of scattered guest pages in one call
     private const long QemuWriteByte = 101;
     private const long QemuResizeByte = 103;
 

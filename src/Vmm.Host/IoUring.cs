@@ -65,7 +65,7 @@ public sealed unsafe partial class IoUring : IDisposable
     private const long CompletionRing = 0x8000000;
     private const long Entries = 0x10000000;
     private const int Eintr = 4;
-    private const int MaxVectors = 64;
+    private const int MaxVectors = 256;
 
     private readonly Lock _gate = new();
     private readonly SafeFileHandle _ring;

@@ -55,7 +55,12 @@ public sealed class RingBlockBackendTests : IDisposable
             {
                 int sectors = random.Next(1, 64);
                 int offset = (i * (DiskBytes / 8)) + (random.Next(0, 128) * 512);
-                var request = new Request { Operation = BlockOperation.Write, OffsetBytes = offset, LengthBytes = sectors * 512 };
+                var request = new Request(mayCompleteInline: random.Next(4) == 0)
+                {
+                    Operation = BlockOperation.Write,
+                    OffsetBytes = offset,
+                    LengthBytes = sectors * 512,
+                };
                 Place(request, i * 65536, random);
                 random.NextBytes(model.AsSpan(offset, sectors * 512));
                 Copy(request, model.AsSpan(offset, sectors * 512), toMemory: true);
@@ -81,6 +86,7 @@ public sealed class RingBlockBackendTests : IDisposable
         if (disk is RingBlockBackend ring)
         {
             ring.RingRequests.Should().BeGreaterThan(400);
+            (ring.InlineWrites > 0).Should().Be(cache != BlockCacheMode.WriteThrough, "those are stable when they complete");
         }
 
         disk.Drain();
