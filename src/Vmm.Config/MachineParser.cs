@@ -736,6 +736,7 @@ internal static class MachineParser
             PasswordFile = display.FilePath("password-file"),
             TlsCertificate = display.FilePath("tls-cert"),
             TlsKey = display.FilePath("tls-key"),
+            Keyboard = display.Choice("keyboard", KeyboardName.Us, Words.Keyboards),
         };
         if ((result.TlsCertificate is null) != (result.TlsKey is null))
         {

@@ -314,6 +314,22 @@ public enum VgaModel
     Virtio,
 }
 
+/// <summary>What is printed on the guest's keyboard, for clients that send characters and not keys.</summary>
+public enum KeyboardName
+{
+    /// <summary>American.</summary>
+    Us,
+
+    /// <summary>British.</summary>
+    Gb,
+
+    /// <summary>German.</summary>
+    De,
+
+    /// <summary>French.</summary>
+    Fr,
+}
+
 /// <summary>The screen (<c>display:</c>).</summary>
 public sealed record DisplaySpec
 {
@@ -334,6 +350,9 @@ public sealed record DisplaySpec
 
     /// <summary>Private key (PEM) for VeNCrypt.</summary>
     public string? TlsKey { get; init; }
+
+    /// <summary>The guest's keyboard.</summary>
+    public KeyboardName Keyboard { get; init; }
 }
 
 /// <summary>Keyboards and pointers (entries of <c>input:</c>).</summary>

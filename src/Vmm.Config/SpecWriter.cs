@@ -261,7 +261,11 @@ public static class SpecWriter
     {
         DisplaySpec display = spec.Display;
         VgaModel usual = spec.Boot.Kernel is null ? VgaModel.Std : VgaModel.None;
-        bool isPlain = display is { VncAddress: null, VncSocket: null, PasswordFile: null, TlsCertificate: null, TlsKey: null };
+        bool isPlain = display is
+        {
+            VncAddress: null, VncSocket: null, PasswordFile: null, TlsCertificate: null, TlsKey: null,
+            Keyboard: KeyboardName.Us,
+        };
         if (isPlain)
         {
             yaml.Word("display", Words.VgaModels, display.Vga, usual);
@@ -275,6 +279,7 @@ public static class SpecWriter
             map.Text("password-file", display.PasswordFile);
             map.Text("tls-cert", display.TlsCertificate);
             map.Text("tls-key", display.TlsKey);
+            map.Word("keyboard", Words.Keyboards, display.Keyboard, KeyboardName.Us);
         });
     }
 

@@ -75,6 +75,14 @@ internal static class Words
         ("virtio", VgaModel.Virtio),
     ];
 
+    internal static readonly (string, KeyboardName)[] Keyboards =
+    [
+        ("us", KeyboardName.Us),
+        ("gb", KeyboardName.Gb),
+        ("de", KeyboardName.De),
+        ("fr", KeyboardName.Fr),
+    ];
+
     internal static readonly (string, InputDevice)[] InputDevices =
     [
         ("ps2", InputDevice.Ps2),

@@ -141,7 +141,7 @@ internal static class ScreenWiring
             }
         }
 
-        var input = new ScreenInput(keyboards, pointers, KeyLayout.Find("us")!);
+        var input = new ScreenInput(keyboards, pointers, LayoutOf(display.Keyboard));
         try
         {
             var server = new VncServer(surface, input, Options(spec));
@@ -160,6 +160,14 @@ internal static class ScreenWiring
             throw new BootException($"display: {e.Message}");
         }
     }
+
+    private static KeyLayout LayoutOf(KeyboardName name) => KeyLayout.Find(name switch
+    {
+        KeyboardName.Gb => "gb",
+        KeyboardName.De => "de",
+        KeyboardName.Fr => "fr",
+        _ => "us",
+    })!;
 
     private static VncOptions Options(MachineSpec spec)
     {
