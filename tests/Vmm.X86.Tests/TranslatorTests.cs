@@ -123,6 +123,39 @@ public sealed class TranslatorTests
         vm.Cpu.Translator.HandlerCodes[(int)code].Should().BePositive();
     }
 
+    // Bits 63:48 of such an address can be what the indirect-branch cache tags its entries with: 4000h at level 0 with
+    // global pages, so that the address less its tag is 0, which empty entries hold.
+    [Theory]
+    [InlineData(0x4000_0000_0000_0000UL, true)]
+    [InlineData(0x4000_0000_0000_0000UL, false)]
+    [InlineData(0x8000_0000_0000_0000UL, true)]
+    [InlineData(0x0000_8000_0000_0000UL, false)]
+    public void LongMode_BranchToANonCanonicalAddress_RaisesGpBeforeIt(ulong target, bool isReturn)
+    {
+        using var vm = new TestVm();
+        vm.EnterLong();
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            a.mov(rax, target);
+            a.push(rax);
+            if (isReturn)
+            {
+                a.ret();
+            }
+            else
+            {
+                a.jmp(rax);
+            }
+        });
+
+        vm.Run().Should().Be(ExitKind.Halted);
+
+        vm.State.Rip.Should().Be(0x92000 + 13 + 1);
+        ulong frame = vm.State.Gpr[4];
+        vm.Read64(frame + 8).Should().Be(TestVm.CodeAt + 11);
+        vm.Read64(frame + 32).Should().Be(TestVm.StackTop - 8);
+    }
+
     [Fact]
     public void Translation_WhenSwitchedOff_LeavesTheInterpreter()
     {

@@ -12,7 +12,9 @@ namespace Vmm.X86;
 //     T0 ^= [Request, BranchTag]; cmp T0, table[T1]; jne miss
 //     T0 ^= [Request, BranchTag]; CodeBase = T0 & -4096; jmp table[T1 + 1]
 //
-// Linear addresses are canonical, so the tag in bits 63:48 can be undone by nothing but the same tag; a pending request
+// Linear addresses are canonical, so the tag in bits 63:48 can be undone by nothing but the same tag; what the guest takes
+// from memory or a register for RET and JMP is looked at before it is believed, because an address that is not canonical can
+// equal the tag of another address space's entry, or of an empty one. CALL has looked before it pushed. A pending request
 // changes low bits that also choose the entry, so that no entry matches. (One that comes between the two loads changes
 // only bits of T0 that the last AND clears.)
 internal sealed unsafe partial class Translator
@@ -182,7 +184,22 @@ internal sealed unsafe partial class Translator
         _e.Alu(AluOp.Xor, Host.T0, HostMemory.Context(Offsets.Request));
         _e.Alu(AluOp.Cmp, Host.T0, new HostMemory(Host.None, Host.T1, 3, CpuContext.BranchesOffset, isContext: true));
         byte* miss = _e.JumpIf(HostCondition.NotEqual);
-        _e.Alu(AluOp.Xor, Host.T0, HostMemory.Context(Offsets.Request));
+        byte* refused = null;
+        if (record >= 0)
+        {
+            // The guest chose all 64 bits, and could have chosen the tag, too: bits 63:47 must be equal.
+            _e.Load(Host.T0, HostMemory.Context(Offsets.Rip));
+            _e.Shift(7, Host.T0, 47);
+            _e.AluImmediate(AluOp.Add, Host.T0, 1);
+            _e.AluImmediate(AluOp.Cmp, Host.T0, 1);
+            refused = _e.JumpIf(HostCondition.Above);
+            _e.Load(Host.T0, HostMemory.Context(Offsets.Rip));
+        }
+        else
+        {
+            _e.Alu(AluOp.Xor, Host.T0, HostMemory.Context(Offsets.Request));
+        }
+
         _e.AluImmediate(AluOp.And, Host.T0, -4096);
         _e.Store(HostMemory.Context(Offsets.CodeBase), Host.T0);
         _e.JumpMemory(
@@ -191,6 +208,11 @@ internal sealed unsafe partial class Translator
         int offset = record < 0 ? -1 : (int)((byte*)(_block->First + record) - _cpu->Blocks.Arena);
         int exit = _cache.AddExit(ExitKindOfCode.Indirect, _block, offset, null, false, undoRsp);
         _e.Land(miss);
+        if (refused != null)
+        {
+            _e.Land(refused);
+        }
+
         _e.MoveImmediate(Host.T0, (uint)exit);
         _e.Jump(_cache.Stubs.ExitFlagImage);
     }
