@@ -12,6 +12,8 @@
  *	wire files DIRECTORY		calls of POSIX on files in there
  *	wire eat MEGABYTES FILE		touch memory, wait for FILE, let go
  *	wire disk DEVICE read|write random|seq SIZE DEPTH SECONDS
+ *	wire stamp DEVICE NAME ROUND	write rounds of blocks, flush each, tell
+ *	wire stamped DEVICE ROUND	what rounds 1 to ROUND wrote is there
  *
  * ADDRESS is tcp:HOST:PORT, tcp:[V6]:PORT, udp:..., vsock:CID:PORT, or
  * unix:PATH:PORT, which asks a vsock proxy for PORT. HOST is numeric.
@@ -638,6 +640,97 @@ disk(char **a)
 	return (0);
 }
 
+/*
+ * Rounds of writes for a disk whose machine is killed: each round stamps some
+ * blocks of the first megabytes with its number, flushes, and says so. After a
+ * round was flushed, none of its blocks may hold what stood there before. What
+ * later rounds wrote may be there as well, wholly or in part, since the line
+ * about a round may be lost with the machine; but no block is ever damaged.
+ */
+#define	STAMPS		1024		/* blocks of 4 KiB */
+#define	STAMP_WORDS	512
+#define	PER_ROUND	24
+#define	BEYOND		4096		/* rounds that were not reported */
+
+static uint32_t
+stamp_place(uint64_t round, int i)
+{
+	return ((uint32_t)(word(round, (uint64_t)i) % STAMPS));
+}
+
+static void
+stamp_fill(uint64_t *block, uint32_t place, uint64_t round)
+{
+	block[0] = place;
+	block[1] = round;
+	fill((char *)(block + 2), (STAMP_WORDS - 2) * 8, round * STAMPS + place, 0);
+}
+
+static int
+stamp(const char *device, const char *name, uint64_t round)
+{
+	int fd = open(device, O_RDWR | O_DIRECT);
+	uint64_t *block;
+
+	need(fd >= 0, device);
+	need(posix_memalign((void **)&block, 4096, 4096) == 0, "memory");
+	for (;;) {
+		round++;
+		for (int i = 0; i < PER_ROUND; i++) {
+			uint32_t place = stamp_place(round, i);
+
+			stamp_fill(block, place, round);
+			need(pwrite(fd, block, 4096, (off_t)place * 4096) == 4096, "pwrite");
+		}
+		need(fdatasync(fd) == 0, "fdatasync");
+		printf("# %s %llu\n", name, (unsigned long long)round);
+		fflush(stdout);
+	}
+}
+
+static int
+writes_place(uint64_t round, uint32_t place)
+{
+	for (int i = 0; i < PER_ROUND; i++)
+		if (stamp_place(round, i) == place)
+			return (1);
+	return (0);
+}
+
+static int
+stamped(const char *device, uint64_t rounds)
+{
+	static uint64_t last[STAMPS];
+	int fd = open(device, O_RDONLY | O_DIRECT), bad = 0;
+	uint64_t *block, ought[STAMP_WORDS];
+
+	need(fd >= 0, device);
+	need(posix_memalign((void **)&block, 4096, 4096) == 0, "memory");
+	for (uint64_t round = 1; round <= rounds; round++)
+		for (int i = 0; i < PER_ROUND; i++)
+			last[stamp_place(round, i)] = round;
+	for (uint32_t place = 0; place < STAMPS; place++) {
+		uint64_t found;
+		int good;
+
+		need(pread(fd, block, 4096, (off_t)place * 4096) == 4096, "pread");
+		found = block[1];
+		if (found == 0)
+			memset(ought, 0, sizeof(ought));
+		else
+			stamp_fill(ought, place, found);
+		good = found == last[place] || (found > rounds &&
+		    found - rounds <= BEYOND && writes_place(found, place));
+		if (good && memcmp(block, ought, 4096) == 0)
+			continue;
+		if (bad++ < 5)
+			fprintf(stderr, "wire: block %u: round %llu stands there, "
+			    "%llu was flushed%s\n", place, (unsigned long long)found,
+			    (unsigned long long)last[place], good ? "; damaged" : "");
+	}
+	return (bad != 0);
+}
+
 int
 main(int argc, char **argv)
 {
@@ -659,6 +752,10 @@ main(int argc, char **argv)
 		return (eat((size_t)atol(argv[2]), argv[3]));
 	if (argc == 8 && strcmp(verb, "disk") == 0)
 		return (disk(argv + 2));
+	if (argc == 5 && strcmp(verb, "stamp") == 0)
+		return (stamp(argv[2], argv[3], strtoull(argv[4], NULL, 0)));
+	if (argc == 4 && strcmp(verb, "stamped") == 0)
+		return (stamped(argv[2], strtoull(argv[3], NULL, 0)));
 	fprintf(stderr, "wire: see the top of wire.c\n");
 	return (64);
 }
