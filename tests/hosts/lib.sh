@@ -86,12 +86,31 @@ build_l1() {
 			[ ! -f "$library" ] || add_program "$work/l1" "$library" "${library#/}"
 		done
 	fi
+	add_firmware "$work/l1" || rm -f "$work/l1/vm/pc.iso"
 	[ -z "${with_driver_tests:-}" ] || add_driver_tests "$work/l1"
 	if [ -n "${with_virtio:-}" ]; then
 		PREPARE=1 WORK=$PWD/$work/l1/virtio tests/guests/virtio kvm >"$work/virtio.log" 2>&1 || cat "$work/virtio.log"
 	fi
 	pack "$work/l1" "$work/l1.gz"
 	rm -rf "$work/l1" "$work/l2"
+}
+
+# add_firmware ROOT: SeaBIOS, and a disc with GRUB that boots L2's kernel; it is a disk with a partition table too. False
+# where a package for it is missing.
+add_firmware() {
+	[ -r /usr/share/seabios/bios-256k.bin ] && [ -d /usr/lib/grub/i386-pc ] || return 1
+	for tool in grub-mkrescue xorriso mformat; do
+		command -v $tool >/dev/null || return 1
+	done
+	mkdir -p "$1/usr/share/seabios" "$work/disc/boot/grub"
+	cp /usr/share/seabios/bios-256k.bin "$1/usr/share/seabios/"
+	cp "$1/vm/vmlinuz" "$1/vm/initrd.gz" "$work/disc/boot/"
+	printf '%s\n' 'serial --unit=0' 'terminal_output serial' 'linux /boot/vmlinuz console=ttyS0 quiet panic=-1 action=poweroff' \
+		'initrd /boot/initrd.gz' boot >"$work/disc/boot/grub/grub.cfg"
+	grub-mkrescue -d /usr/lib/grub/i386-pc -o "$1/vm/pc.iso" "$work/disc" >"$work/mkrescue.log" 2>&1
+	made=$?
+	rm -rf "$work/disc"
+	return $made
 }
 
 # add_driver_tests ROOT: the tests of Vmm.Kvm and a .NET runtime to run them with.
