@@ -198,6 +198,8 @@ two_byte(struct cursor *c, const struct prefix *pf, unsigned int bits,
 		modrm(c, pf, bits, in);
 		if (!in->mem || pf->opsize || pf->rep)
 			return (VMK_EINVAL);
+		/* Never 16 bits, not in 16-bit code either. */
+		in->opsize = in->opsize == 8 ? 8 : 4;
 		in->memsize = in->opsize;
 		in->op = VMK_OP_MOV_STORE;
 		return (0);

@@ -343,16 +343,20 @@ vmk_advance(struct vmk_vcpu *vcpu, uint64_t next_rip)
 static bool
 fetch_decode(struct vmk_vcpu *vcpu, struct vmk_insn *in, enum vmk_next *next)
 {
+	unsigned int n = vcpu->em.nfetched, bits = vmk_code_bits(vcpu);
 	uint8_t bytes[VMK_INSN_MAX];
-	unsigned int n, bits = vmk_code_bits(vcpu);
 
-	n = vmk_fetch(vcpu, bytes);
-	if (vmk_decode(bytes, n, bits, in) == 0) {
-		vcpu->em.next_rip = rip_after(vcpu, in->len, bits);
-		return (true);
+	vcpu->em.nfetched = 0;
+	if (n == 0 || n > VMK_INSN_MAX ||
+	    vmk_decode(vcpu->em.fetched, n, bits, in) != 0) {
+		n = vmk_fetch(vcpu, bytes);
+		if (vmk_decode(bytes, n, bits, in) != 0) {
+			*next = vmk_exit_emulation(vcpu, bytes, n);
+			return (false);
+		}
 	}
-	*next = vmk_exit_emulation(vcpu, bytes, n);
-	return (false);
+	vcpu->em.next_rip = rip_after(vcpu, in->len, bits);
+	return (true);
 }
 
 enum vmk_next

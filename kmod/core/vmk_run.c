@@ -497,6 +497,8 @@ serve_slow(struct vmk_vcpu *vcpu, const struct vmk_exit *x)
 	struct abi_run *run = vcpu->run;
 	enum vmk_next next;
 
+	vcpu->em.fetched = x->insn;
+	vcpu->em.nfetched = x->ninsn;
 	switch (x->kind) {
 	case VMK_X_NESTED_FAULT: case VMK_X_NESTED_WALK:
 		return (serve_nested_fault(vcpu, x));
@@ -725,6 +727,7 @@ vmk_vcpu_run(struct vmk_vcpu *vcpu)
 	}
 	vcpu->has_run = true;
 	vcpu->run_error = 0;
+	vcpu->em.nfetched = 0;
 	run->exit_reason = ABI_EXIT_UNKNOWN;
 	if (vcpu->has_sigmask)
 		vmk_sigmask_swap(&vcpu->sigmask, &saved);

@@ -216,6 +216,9 @@ enum vmk_pending {
  */
 struct vmk_emul {
 	enum vmk_pending pending;
+	/* what the processor fetched, for the next decoding alone */
+	const uint8_t	*fetched;
+	unsigned int	 nfetched;
 	struct vmk_insn	 insn;
 	uint64_t	 next_rip;
 	/* memory operand, and MOVS' source */

@@ -11,9 +11,11 @@
  * reads them.  A guest that reads CR0 or CR4 itself sees the real bits.
  *
  * The smallest machine is the reference: nested paging and nothing else,
- * which is what QEMU's TCG offers.  Next-RIP saving and flush-by-ASID are
- * used where present.  Intercepted instructions without a next RIP are
- * decoded for their length.
+ * which is what QEMU's TCG offers.  Next-RIP saving, decode assists,
+ * flush-by-ASID and clean bits are used where present.  Intercepted
+ * instructions without a next RIP are decoded for their length.  Of the VMCB
+ * only that is called clean which no entry changes: a new ASID, which a vCPU
+ * gets when it comes from another processor, makes all of it dirty.
  *
  * Intercepts.  All of SVM's instructions (CVE-2020-7467), #AC and #DB (CVE-
  * 2015-5307, CVE-2015-8104), #MC, every port and every MSR but those that
@@ -39,7 +41,14 @@
 
 #define	FEATURE_NP		0x01U
 #define	FEATURE_NRIPS		0x08U
+#define	FEATURE_CLEAN		0x20U
 #define	FEATURE_FLUSHBYASID	0x40U
+#define	FEATURE_DECODE		0x80U
+
+/* Permission maps, ASID, nested paging and PAT: APM 2 15.15.3. */
+#define	CLEAN_IOPM		0x02U
+#define	CLEAN_ASID		0x04U
+#define	CLEAN_NP		0x10U
 
 #define	TLB_FLUSH_ALL		1
 #define	TLB_FLUSH_GUEST		3
@@ -354,6 +363,10 @@ svm_set_creg(struct vmk_vcpu *vcpu, enum vmk_creg r, uint64_t val)
 	case VMK_EFER:
 		v->efer = val | EFER_SVME;
 		break;
+	case VMK_PAT:
+		v->clean &= ~CLEAN_NP;
+		v->g_pat = val;
+		break;
 	default:
 		*creg_slot(v, r) = val;
 		break;
@@ -440,6 +453,7 @@ svm_unload(struct vmk_vcpu *vcpu)
 static void
 new_asid(struct svm_vcpu *s, struct svm_cpu *c)
 {
+	s->vmcb->clean = 0;
 	s->vmcb->tlb_control = 0;
 	if (c->next_asid >= svm_nasid) {
 		c->asid_gen++;
@@ -621,6 +635,10 @@ decode_exit(struct svm_vmcb *v, struct vmk_exit *x)
 		    VMK_X_NESTED_WALK : VMK_X_NESTED_FAULT;
 		x->gpa = v->exitinfo2;
 		x->write = (v->exitinfo1 & SVM_NPF_WRITE) != 0;
+		if ((svm_features & FEATURE_DECODE) != 0) {
+			x->ninsn = v->insn_len & 0xf;	/* APM 2 15.8.4 */
+			x->insn = v->insn;
+		}
 		return;
 	}
 	if (v->exitcode == SVM_X_IO) {
@@ -691,6 +709,8 @@ svm_enter(struct vmk_vcpu *vcpu, const struct vmk_entry *e,
 	take_back(vcpu, v->exitcode == SVM_X_INVALID ? v->eventinj :
 	    v->exitintinfo);
 	v->eventinj = 0;
+	if (svm_hv == NULL && (svm_features & FEATURE_CLEAN) != 0)
+		v->clean = CLEAN_IOPM | CLEAN_ASID | CLEAN_NP;
 	decode_exit(v, x);
 }
 

@@ -46,6 +46,8 @@ struct vmk_exit {
 	uint64_t	code;		/* the extension's own number */
 	uint64_t	info1, info2;
 	uint8_t		insn_len;	/* 0: not known */
+	uint8_t		ninsn;		/* bytes that the processor fetched */
+	const uint8_t	*insn;		/* till the next entry */
 	uint64_t	gpa;
 	bool		write;
 	uint8_t		vector;

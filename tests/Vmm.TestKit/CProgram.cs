@@ -49,7 +49,11 @@ public static class CProgram
         }
     }
 
-    private static string Execute(string program, params string[] arguments)
+    /// <summary>Runs a program and returns what it printed.</summary>
+    /// <param name="program">Its name or path.</param>
+    /// <param name="arguments">Its arguments.</param>
+    /// <exception cref="InvalidOperationException">Its status was not 0.</exception>
+    public static string Execute(string program, params string[] arguments)
     {
         using var process = Process.Start(new ProcessStartInfo(program, arguments)
         {

@@ -520,6 +520,7 @@ static void
 test_mmio(void)
 {
 	struct abi_regs g;
+	struct vmk_exit x;
 	struct rig r;
 
 	rig_up(&r, 2 * MB);
@@ -543,6 +544,29 @@ test_mmio(void)
 	fake_enter = NULL;
 	CHECK_EQ(run(&r), 0);
 	CHECK_EQ(r.run->exit_reason, ABI_EXIT_HLT);
+
+	/* Bytes that the processor fetched go before those in memory... */
+	code(&r, "\x0f\x0b", 2);
+	g.rip = 0x1000;
+	put(&r, &g);
+	x = nested(DEV + 8, true);
+	x.insn = (const uint8_t *)"\x89\x4b\x08";
+	x.ninsn = 3;
+	script_one(x);
+	CHECK_EQ(run(&r), 0);
+	CHECK_EQ(r.run->exit_reason, ABI_EXIT_MMIO);
+	CHECK_EQ(r.run->mmio.phys_addr, DEV + 8);
+	/* ...unless they are cut off, and for that one exit alone. */
+	code(&r, "\x89\x4b\x10", 3);
+	put(&r, &g);
+	x.ninsn = 2;
+	script_one(x);
+	CHECK_EQ(run(&r), 0);
+	CHECK_EQ(r.run->mmio.phys_addr, DEV + 16);
+	put(&r, &g);
+	script_one(nested(DEV + 16, true));
+	CHECK_EQ(run(&r), 0);
+	CHECK_EQ(r.run->mmio.phys_addr, DEV + 16);
 
 	/* movsbl (%ebx), %edx: the read completes in the next RUN. */
 	code(&r, "\x0f\xbe\x13", 3);
