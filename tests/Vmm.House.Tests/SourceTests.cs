@@ -3,6 +3,7 @@ using System;
 using System.Collections.Generic;
 using System.IO;
 using System.Linq;
+using System.Runtime.InteropServices;
 using System.Text.RegularExpressions;
 using FluentAssertions;
 using Xunit;
@@ -76,6 +77,38 @@ public sealed class SourceTests
 
         bare.Except(debt, StringComparer.Ordinal).Should().BeEmpty("new pointer code says why it is safe");
         debt.Except(bare, StringComparer.Ordinal).Should().BeEmpty("what is paid is struck off safety-debt.txt");
+    }
+
+    // The native program binds "libc" when it is linked, so what Linux's C library lacks must be imported by its file's name.
+    [Fact]
+    public void Imports_FromLibc_AreWhatLinuxHas()
+    {
+        var import = new Regex(
+            @"\[LibraryImport\(""libc""(?<more>[^\]]*)\]\s*[\w ]*?\b(?<name>\w+)\(", RegexOptions.ExplicitCapture, TimeSpan.FromSeconds(5));
+        if (!OperatingSystem.IsLinux())
+        {
+            return;
+        }
+
+        nint library = NativeLibrary.Load("libc.so.6");
+        var missing = new List<string>();
+        int count = 0;
+        foreach (string file in Repository.Files.Where(file => file.EndsWith(".cs", StringComparison.Ordinal)))
+        {
+            foreach (Match match in import.Matches(Repository.Read(file)))
+            {
+                Match entry = Regex.Match(match.Groups["more"].Value, @"EntryPoint = ""(\w+)""", RegexOptions.None, TimeSpan.FromSeconds(5));
+                string name = entry.Success ? entry.Groups[1].Value : match.Groups["name"].Value;
+                count++;
+                if (!NativeLibrary.TryGetExport(library, name, out _))
+                {
+                    missing.Add($"{file}: {name}");
+                }
+            }
+        }
+
+        count.Should().BeGreaterThan(50, "the pattern finds them");
+        missing.Should().BeEmpty();
     }
 
     [Fact]

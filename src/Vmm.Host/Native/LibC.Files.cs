@@ -64,7 +64,8 @@ internal static unsafe partial class LibC
     [LibraryImport("libc", SetLastError = true)]
     internal static partial int fcntl(int fd, int command, nint argument);
 
-    [LibraryImport("libc", SetLastError = true)]
+    // FreeBSD only, so by the name of its file: the linker binds "libc".
+    [LibraryImport("libc.so.7", SetLastError = true)]
     internal static partial int fspacectl(int fd, int command, SpaceRange* range, int flags, SpaceRange* rest);
 
     [LibraryImport("libc", SetLastError = true)]
