@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
 using System.Collections.Generic;
-using System.Diagnostics;
 using System.Threading;
 using Vmm.Core;
 
@@ -20,7 +19,8 @@ public sealed class LimitedNetBackend : INetBackend, INetReceiver
     private readonly TokenBucket _send;
     private readonly TokenBucket _receive;
     private readonly Queue<(byte[] Frame, NetOffload Offload)> _waiting = new();
-    private readonly Timer _timer;
+    private readonly TimeProvider _time;
+    private readonly ITimer _timer;
     private INetReceiver? _receiver;
     private int _waitingBytes;
     private bool _refused;
@@ -28,14 +28,18 @@ public sealed class LimitedNetBackend : INetBackend, INetReceiver
     private long _dropped;
 
     /// <summary>Makes one around a network, which it owns. A burst is a tenth of a second's worth, at least 128 KiB.</summary>
-    public LimitedNetBackend(INetBackend inner, long bytesPerSecond)
+    /// <param name="inner">The network.</param>
+    /// <param name="bytesPerSecond">In each direction.</param>
+    /// <param name="time">What measures and wakes; null for the host's clock.</param>
+    public LimitedNetBackend(INetBackend inner, long bytesPerSecond, TimeProvider? time = null)
     {
         ArgumentNullException.ThrowIfNull(inner);
         _inner = inner;
+        _time = time ?? TimeProvider.System;
         long burst = Math.Max(bytesPerSecond / 10, 128 * 1024);
         _send = new TokenBucket(bytesPerSecond, burst, NowNs());
         _receive = new TokenBucket(bytesPerSecond, burst, NowNs());
-        _timer = new Timer(_ => Expire(), null, Timeout.Infinite, Timeout.Infinite);
+        _timer = _time.CreateTimer(_ => Expire(), null, Timeout.InfiniteTimeSpan, Timeout.InfiniteTimeSpan);
     }
 
     /// <inheritdoc/>
@@ -115,14 +119,13 @@ public sealed class LimitedNetBackend : INetBackend, INetReceiver
         _inner.Dispose();
     }
 
-    private static long NowNs() =>
-        (long)((Int128)Stopwatch.GetTimestamp() * 1_000_000_000 / Stopwatch.Frequency);
+    private long NowNs() => (long)((Int128)_time.GetTimestamp() * 1_000_000_000 / _time.TimestampFrequency);
 
     private void Schedule()
     {
         long now = NowNs();
         long waitNs = Math.Max(_waiting.Count > 0 ? _send.WaitNs(now) : 0, _refused ? _receive.WaitNs(now) : 0);
-        _timer.Change(Math.Clamp(waitNs / 1_000_000, 1, 10_000), Timeout.Infinite);
+        _timer.Change(TimeSpan.FromMilliseconds(Math.Clamp(waitNs / 1_000_000, 1, 10_000)), Timeout.InfiniteTimeSpan);
     }
 
     private void Expire()
@@ -130,11 +133,9 @@ public sealed class LimitedNetBackend : INetBackend, INetReceiver
         bool resume;
         lock (_gate)
         {
-            resume = _refused;
-            _refused = false;
             if (_sending)
             {
-                return; // another expiry is still at it
+                return; // another expiry is still at it, and resumes at its end
             }
 
             _sending = true;
@@ -148,6 +149,8 @@ public sealed class LimitedNetBackend : INetBackend, INetReceiver
                 if (_waiting.Count == 0 || !_send.IsOpen(NowNs()))
                 {
                     _sending = false;
+                    resume = _refused;
+                    _refused = false;
                     if (_waiting.Count > 0)
                     {
                         Schedule();

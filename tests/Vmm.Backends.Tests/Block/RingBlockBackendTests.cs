@@ -121,6 +121,35 @@ public sealed class RingBlockBackendTests : IDisposable
         strict.Thread.Should().NotBe(Environment.CurrentManagedThreadId, "it did not allow that");
     }
 
+    [Theory]
+    [InlineData(1 << 20, 0)] // 512 KiB at 1 MiB/s
+    [InlineData(0, 64)] // 32 requests at 64 a second
+    public void Limits_HoldRequestsBack_AndAnswerAll(int bytesPerSecond, int requestsPerSecond)
+    {
+        // Only the least time is a promise; a busy host may always take longer.
+        var options = new BlockBackendOptions { BytesPerSecond = bytesPerSecond, RequestsPerSecond = requestsPerSecond };
+        using IBlockBackend disk = RingBlockBackend.Open(RawImage.Open(_path, readOnly: false), "disk0", options);
+        var random = new Random(5);
+        long start = Environment.TickCount64;
+        var requests = new List<Request>();
+        for (int i = 0; i < 32; i++)
+        {
+            var request = new Request(mayCompleteInline: true)
+            {
+                Operation = i % 2 == 0 ? BlockOperation.Read : BlockOperation.Write,
+                OffsetBytes = i * 16384,
+                LengthBytes = 16384,
+            };
+            Place(request, i * 16384, random);
+            requests.Add(request);
+            disk.Submit(request);
+        }
+
+        requests.ForEach(request => request.Wait().Should().Be(BlockStatus.Ok));
+        requests.Should().OnlyContain(request => request.Completions == 1);
+        (Environment.TickCount64 - start).Should().BeGreaterThan(350, "half a second's worth, less a burst of a tenth");
+    }
+
     [Fact]
     public void Read_PastTheEndOfTheFile_GivesZeroes()
     {

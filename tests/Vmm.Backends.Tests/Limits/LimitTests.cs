@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using System.Threading.Tasks;
+using System.Collections.Generic;
 using System.Threading;
 using FluentAssertions;
 using Vmm.Backends.Limits;
@@ -56,31 +58,55 @@ public sealed class LimitTests
     }
 
     [Fact]
-    public void Net_BeyondLimit_DelaysThenDrops_AndHoldsReceive()
+    public void Net_BeyondLimit_DelaysThenDrops()
     {
+        var time = new ManualTime();
         var inner = new Net();
-        using var net = new LimitedNetBackend(inner, 1_000_000);
-        var device = new Device();
-        net.Attach(device);
+        using var net = new LimitedNetBackend(inner, 1_000_000, time);
+        net.Attach(new Device());
         byte[] frame = new byte[1000];
         for (int i = 0; i < 900; i++)
         {
             net.Send(frame, default);
         }
 
-        inner.Sent.Should().BeInRange(131, 140, "a burst passes at once");
-        net.Dropped.Should().BeGreaterThan(100, "the queue is bounded");
-        SpinWait.SpinUntil(() => inner.Sent > 300, 10_000).Should().BeTrue();
-        int received = 0;
-        while (inner.Receiver!.TryReceive(frame, default))
+        const int Burst = (128 * 1024 / 1000) + 1; // a bucket that is not empty lets a whole frame through
+        const int Waiting = 512 * 1024 / 1000;
+        inner.Sent.Should().Be(Burst, "a burst passes at once");
+        net.Dropped.Should().Be(900 - Burst - Waiting, "the queue is bounded");
+        for (int ms = 1; ms <= 1000; ms++)
         {
-            received++;
+            time.Advance(1);
+            inner.Sent.Should().BeInRange(Burst + Math.Min(ms, Waiting) - 2, Burst + Math.Min(ms, Waiting) + 1, "a frame a millisecond");
         }
 
-        received.Should().BeInRange(131, 200);
+        inner.Sent.Should().Be(Burst + Waiting, "what waited is not lost");
+    }
+
+    [Fact]
+    public void Net_ReceivesBeyondLimit_IsHeldAndResumed()
+    {
+        var time = new ManualTime();
+        var inner = new Net();
+        using var net = new LimitedNetBackend(inner, 1_000_000, time);
+        var device = new Device();
+        net.Attach(device);
+        byte[] frame = new byte[1000];
+        int received = 0;
+        for (int ms = 0; ms < 500; ms++)
+        {
+            while (inner.Receiver!.TryReceive(frame, default))
+            {
+                received++;
+            }
+
+            int resumed = inner.Resumed;
+            time.Advance(2);
+            inner.Resumed.Should().BeGreaterThan(resumed, "a network that was refused is told when to go on");
+        }
+
         device.Frames.Should().Be(received);
-        SpinWait.SpinUntil(() => inner.Resumed > 0, 10_000).Should().BeTrue();
-        inner.Receiver.TryReceive(frame, default).Should().BeTrue();
+        received.Should().BeInRange(132 + 990, 132 + 1000, "a second's worth and a burst");
     }
 
     private sealed class Net : INetBackend
@@ -115,6 +141,65 @@ public sealed class LimitTests
         {
             Frames++;
             return true;
+        }
+    }
+
+    /// <summary>A clock that stands still, and timers that run when it is moved.</summary>
+    private sealed class ManualTime : TimeProvider
+    {
+        private readonly List<ManualTimer> _timers = [];
+        private long _nowMs = 5000;
+
+        public override long TimestampFrequency => 1000;
+
+        public override long GetTimestamp() => _nowMs;
+
+        public override ITimer CreateTimer(TimerCallback callback, object? state, TimeSpan dueTime, TimeSpan period)
+        {
+            var timer = new ManualTimer(this, () => callback(state));
+            timer.Change(dueTime, period);
+            _timers.Add(timer);
+            return timer;
+        }
+
+        public void Advance(int milliseconds)
+        {
+            for (; milliseconds > 0; milliseconds--)
+            {
+                _nowMs++;
+                foreach (ManualTimer timer in _timers)
+                {
+                    timer.RunIfDue();
+                }
+            }
+        }
+
+        private sealed class ManualTimer(ManualTime time, Action callback) : ITimer
+        {
+            private long _due = long.MaxValue;
+
+            public bool Change(TimeSpan dueTime, TimeSpan period)
+            {
+                _due = dueTime < TimeSpan.Zero ? long.MaxValue : time._nowMs + (long)Math.Ceiling(dueTime.TotalMilliseconds);
+                return true;
+            }
+
+            public void RunIfDue()
+            {
+                if (time._nowMs >= _due)
+                {
+                    _due = long.MaxValue;
+                    callback();
+                }
+            }
+
+            public void Dispose() => _due = long.MaxValue;
+
+            public ValueTask DisposeAsync()
+            {
+                Dispose();
+                return ValueTask.CompletedTask;
+            }
         }
     }
 }
