@@ -167,7 +167,7 @@ internal sealed unsafe class CodeStubs
         e.AluImmediate(AluOp.And, Host.Rbx, -4096);
         e.Lea(Host.Rsi, new HostMemory(Host.Rbx, 4096));
 
-        // A place that goes to and fro must not pay for neighbours that are not there each time.
+        // A place that moves between two pages must not pay for neighbours that are not there each time.
         e.Load32(Host.Rcx, HostMemory.Context(Host.T1, Sites.Misses));
         e.AluImmediate(AluOp.And, Host.Rcx, Sites.MissesOfGrowth - 1, wide: false);
         e.AluImmediate(AluOp.Cmp, Host.Rcx, 1);
