@@ -162,14 +162,17 @@ internal unsafe struct BlockCache
     /// <summary>Linked branches to other pages: where each starts (CodeCache.LinkFar).</summary>
     public byte** FarSites;
 
+    /// <summary>The linear pages that those go to.</summary>
+    public ulong* FarPages;
+
+    /// <summary>Words of <see cref="BranchPages"/>.</summary>
+    public const int BranchPageWords = 1024;
+
     /// <summary>Entries of FarSites.</summary>
     public int FarCount;
 
-    /// <summary>Bit n: the indirect-branch cache has an entry of a page that hashes to n.</summary>
-    public ulong BranchPages0;
-    public ulong BranchPages1;
-    public ulong BranchPages2;
-    public ulong BranchPages3;
+    /// <summary>Bit n: the indirect-branch cache or a linked branch may lead to a page that hashes to n.</summary>
+    public ulong* BranchPages;
 
     /// <summary>Times that everything was dropped: generated code that belongs to another count is gone.</summary>
     public long Clears;
@@ -191,14 +194,29 @@ internal unsafe struct BlockCache
         ForgetRow(linear);
         ForgetRow(linear - 4096);
         int bit = BranchPage(linear);
-        fixed (ulong* pages = &BranchPages0)
+        if (((BranchPages[bit >> 6] >> (bit & 63)) & 1) == 0)
         {
-            if (((pages[bit >> 6] >> (bit & 63)) & 1) != 0)
+            return;
+        }
+
+        // SAFETY: a window is a power of two of entries, and so is the table. Tags differ from addresses in bits 63:48.
+        const ulong pageBits = 0x0000FFFF_FFFFF000;
+        ulong* entry = BranchTable + (BranchSlot(linear) & ~(((ulong)BranchWindow * 2) - 1));
+        for (int i = 0; i < BranchWindow; i++, entry += 2)
+        {
+            if (((*entry ^ linear) & pageBits) == 0)
             {
-                // SAFETY: a window is a power of two of entries, and so is the table.
-                ulong window = BranchSlot(linear) & ~(((ulong)BranchWindow * 2) - 1);
-                Unsafe.InitBlock(BranchTable + window, 0, BranchWindow * 2 * sizeof(ulong));
-                UnlinkFar();
+                *entry = 0;
+            }
+        }
+
+        for (int i = FarCount - 1; i >= 0; i--)
+        {
+            if (((FarPages[i] ^ linear) & ~Mem.PageOffset) == 0)
+            {
+                CodeCache.UnlinkFar(FarSites[i]);
+                FarSites[i] = FarSites[--FarCount];
+                FarPages[i] = FarPages[FarCount];
             }
         }
     }
@@ -206,15 +224,16 @@ internal unsafe struct BlockCache
     /// <summary>Drops the indirect-branch cache and the links to other pages.</summary>
     public void ForgetBranches()
     {
-        if ((BranchPages0 | BranchPages1 | BranchPages2 | BranchPages3) != 0)
-        {
-            Unsafe.InitBlock(BranchTable, 0, Branches * 2 * sizeof(ulong));
-            BranchPages0 = 0;
-            BranchPages1 = 0;
-            BranchPages2 = 0;
-            BranchPages3 = 0;
-            UnlinkFar();
-        }
+        Unsafe.InitBlock(BranchTable, 0, Branches * 2 * sizeof(ulong));
+        Unsafe.InitBlock(BranchPages, 0, BranchPageWords * sizeof(ulong));
+        UnlinkFar();
+    }
+
+    /// <summary>Notes that a branch may lead to a linear address.</summary>
+    public void AddBranchPage(ulong linear)
+    {
+        int bit = BranchPage(linear);
+        BranchPages[bit >> 6] |= 1UL << (bit & 63);
     }
 
     /// <summary>Lets branches to other pages ask the dispatcher again.</summary>
@@ -228,8 +247,8 @@ internal unsafe struct BlockCache
         FarCount = 0;
     }
 
-    /// <summary>Number of a linear page in the filter, 0 to 255.</summary>
-    public static int BranchPage(ulong linear) => (int)((linear >> 12) ^ (linear >> 20) ^ (linear >> 28)) & 0xFF;
+    // A page's bit in the filter.
+    private static int BranchPage(ulong linear) => (int)(((linear >> 12) * 0x9E3779B97F4A7C15) >> 48);
 
     /// <summary>Drops the jump cache.</summary>
     public void ForgetAll()

@@ -122,7 +122,7 @@ internal unsafe struct CpuContext
     /// <summary>Translations cached by places in generated code (Translate/Sites.cs).</summary>
     public const int SitesOffset = BranchesOffset + (BlockCache.Branches * 2 * sizeof(ulong));
 
-    /// <summary>Offsets of the sites that are filled.</summary>
+    /// <summary>Offsets of the sites that are filled, for each mode.</summary>
     public const int SiteJournalOffset = SitesOffset + (Sites.Count * Sites.EntryBytes);
 
     /// <summary>Bytes of the context and the tables behind it.</summary>
@@ -212,7 +212,7 @@ internal unsafe struct CpuContext
     [FieldOffset(0xC0)]
     public TlbEntry* Tlb;
 
-    /// <summary>Low 12 bits of a valid tag of the current address space, never 0.</summary>
+    /// <summary>Low 12 bits of a valid tag in <see cref="Tlb"/>, never 0: one of the two numbers of Asids.cs.</summary>
     [FieldOffset(Offsets.TlbAsid)]
     public ulong TlbAsid;
 
@@ -354,9 +354,29 @@ internal unsafe struct CpuContext
     [FieldOffset(0x2E0)]
     public ulong ApicPage;
 
-    /// <summary>Bit n: some 2 MiB region whose number hashes to n has TLB entries from a large page.</summary>
+    /// <summary>Bit n: some 1 GiB region whose number hashes to n has TLB entries from a page of 1 GiB.</summary>
     [FieldOffset(0x2E8)]
-    public ulong LargePages;
+    public ulong GiantPages;
+
+    /// <summary>The same for regions of 2 MiB and pages of 2 or 4 MiB.</summary>
+    [FieldOffset(0x800)]
+    public fixed ulong LargePages[Paging.LargePageWords];
+
+    /// <summary>Number of the address space in TLB tags.</summary>
+    [FieldOffset(0xA00)]
+    public ulong SpaceAsid;
+
+    /// <summary>Number of what the supervisor's TLB holds, whatever the address space.</summary>
+    [FieldOffset(0xA08)]
+    public ulong GlobalAsid;
+
+    /// <summary>Entries of the supervisor's TLB that are not global; more than there is room for: too many to name.</summary>
+    [FieldOffset(0xA10)]
+    public int PrivateCount;
+
+    /// <summary>Which those are.</summary>
+    [FieldOffset(0xA20)]
+    public fixed ushort PrivateSlots[Asids.MaxPrivate];
 
     /// <summary>PAE page-directory-pointer registers (SDM 3A 4.4.1).</summary>
     [FieldOffset(0x2F0)]
@@ -426,9 +446,9 @@ internal unsafe struct CpuContext
     [FieldOffset(Offsets.X87Ready)]
     public int X87Ready;
 
-    /// <summary>Entries of the site journal.</summary>
-    [FieldOffset(Offsets.SiteCount)]
-    public int SiteCount;
+    /// <summary>Filled sites of each mode: entries of its journal.</summary>
+    [FieldOffset(Offsets.SiteCounts)]
+    public fixed int SiteCounts[Sites.Modes];
 
     /// <summary>First page's flags of the main memory (Sites.FindMainMemory).</summary>
     [FieldOffset(Offsets.SiteFlagsLow)]

@@ -465,7 +465,7 @@ internal static unsafe class Interrupts
     private static bool WriteFrame(CpuContext* cpu, ulong rsp, ulong* frame, int count, MmuMode mode)
     {
         TlbEntry* entry = cpu->Tlbs + ((ulong)mode * TlbEntry.Count) + ((rsp >> 12) & (TlbEntry.Count - 1));
-        if (entry->WriteTag == (((rsp + ((ulong)count * 8) - 1) & ~Mem.PageOffset) | cpu->TlbAsid) &&
+        if (entry->WriteTag == (((rsp + ((ulong)count * 8) - 1) & ~Mem.PageOffset) | Asids.Of(cpu, mode)) &&
             *entry->PageFlags == (byte)Memory.PageFlags.Written)
         {
             // SAFETY: the tag matched for the first and the last byte of the frame, so all of it lies in the one page

@@ -67,6 +67,7 @@ internal static unsafe class Modes
     {
         MmuMode mode = Paging.AlignmentChecked(cpu) ? MmuMode.Empty : Paging.DataMode(cpu);
         cpu->Tlb = cpu->Tlbs + ((int)mode * TlbEntry.Count);
+        Asids.SelectTag(cpu);
         cpu->ModeKey = (cpu->ModeKey & ~BlockKey.Ac) | (mode >= MmuMode.SupervisorAc ? BlockKey.Ac : 0);
     }
 

@@ -45,6 +45,9 @@ internal static unsafe class Paging
     private const ulong LargePage = 0x80;
     private const ulong NoExecute = 1UL << 63;
 
+    /// <summary>Words of CpuContext.LargePages: 4096 bits.</summary>
+    public const int LargePageWords = 64;
+
     private const uint ErrorPresent = 1;
     private const uint ErrorWrite = 2;
     private const uint ErrorUser = 4;
@@ -148,15 +151,16 @@ internal static unsafe class Paging
         Asids.Reset(cpu);
         Sites.Drop(cpu);
         Sites.FindMainMemory(cpu);
-        cpu->LargePages = 0;
-        cpu->Blocks.ForgetBranches();
+        cpu->GiantPages = 0;
+        Unsafe.InitBlock(cpu->LargePages, 0, LargePageWords * sizeof(ulong));
     }
 
     /// <summary>INVLPG: drops the page's translations in every address space.</summary>
     public static void FlushPage(CpuContext* cpu, ulong linear)
     {
-        ulong region = 1UL << (int)((linear >> 21) & 63);
-        if ((cpu->LargePages & region) != 0)
+        int large = LargeBit(linear);
+        if (((cpu->LargePages[large >> 6] >> (large & 63)) & 1) != 0 ||
+            ((cpu->GiantPages >> GiantBit(linear)) & 1) != 0)
         {
             // Part of a large page may be cached under other pages' entries.
             FlushAll(cpu);
@@ -281,7 +285,7 @@ internal static unsafe class Paging
     {
         T buffer = default;
         TlbEntry* entry = cpu->Tlbs + ((linear >> 12) & (TlbEntry.Count - 1));
-        if (entry->ReadTag == (((linear + (uint)sizeof(T) - 1) & ~Mem.PageOffset) | cpu->TlbAsid))
+        if (entry->ReadTag == (((linear + (uint)sizeof(T) - 1) & ~Mem.PageOffset) | cpu->GlobalAsid))
         {
             // SAFETY: the tag matched for the first and the last byte, so the value lies in the one page of guest RAM
             // that Addend maps until this vCPU flushes.
@@ -521,8 +525,14 @@ internal static unsafe class Paging
         }
 
         ulong page = linear & ~Mem.PageOffset;
-        TlbEntry* entry = cpu->Tlbs + ((ulong)mode * TlbEntry.Count) + ((linear >> 12) & (TlbEntry.Count - 1));
-        ulong tag = page | cpu->TlbAsid;
+        ulong slot = (linear >> 12) & (TlbEntry.Count - 1);
+        TlbEntry* entry = cpu->Tlbs + ((ulong)mode * TlbEntry.Count) + slot;
+        ulong tag = page | Asids.Of(cpu, mode);
+        if (mode == MmuMode.Supervisor && !translation.IsGlobal)
+        {
+            Asids.AddPrivate(cpu, (uint)slot);
+        }
+
         entry->ReadTag = translation.MayRead ? tag : 0;
         entry->WriteTag = translation.MayWrite && flags != null ? tag : 0;
         entry->Addend = (ulong)host - linear;
@@ -530,14 +540,30 @@ internal static unsafe class Paging
         cpu->TlbFills++;
         if (translation.PageShift > 12)
         {
-            // A 1 GiB page covers all 64 hash values.
-            cpu->LargePages |= translation.PageShift >= 27 ? ulong.MaxValue : 1UL << (int)((linear >> 21) & 63);
+            if (translation.PageShift > 22)
+            {
+                cpu->GiantPages |= 1UL << GiantBit(linear);
+                return;
+            }
+
+            AddLarge(cpu, linear);
             if (translation.PageShift == 22)
             {
-                cpu->LargePages |= 1UL << (int)(((linear >> 21) ^ 1) & 63);
+                AddLarge(cpu, linear ^ (1UL << 21));
             }
         }
     }
+
+    private static void AddLarge(CpuContext* cpu, ulong linear)
+    {
+        int large = LargeBit(linear);
+        cpu->LargePages[large >> 6] |= 1UL << (large & 63);
+    }
+
+    // Hashes of the regions that a large page covers: 0 to 64 * LargePageWords - 1, and 0 to 63.
+    private static int LargeBit(ulong linear) => (int)(((linear >> 21) * 0x9E3779B97F4A7C15) >> 52);
+
+    private static int GiantBit(ulong linear) => (int)(((linear >> 30) * 0x9E3779B97F4A7C15) >> 58);
 
     // #AC is for explicit data accesses at CPL 3 only (SDM 3A 6.15); the TLB is the empty one while it is enabled.
     private static bool CheckAlignment(CpuContext* cpu, ulong linear, int length, MmuMode mode)

@@ -54,9 +54,10 @@ public sealed unsafe partial class SoftVcpu
             room = left > 0xFFFF ? 0xFFFF : (uint)left;
         }
 
-        ulong context = (cpu->TlbAsid << 32) | key;
+        ulong context = (cpu->SpaceAsid << 32) | key;
+        ulong shared = (cpu->GlobalAsid << 32) | key;
         JumpEntry* entry = cpu->Blocks.JumpSlot(linear);
-        if (entry->Linear == linear && entry->Context == context)
+        if (entry->Linear == linear && (entry->Context == context || entry->Context == shared))
         {
             if (Usable(cpu, entry->Target))
             {
@@ -99,7 +100,8 @@ public sealed unsafe partial class SoftVcpu
         {
             entry = cpu->Blocks.JumpSlot(linear);
             entry->Linear = linear;
-            entry->Context = context;
+            entry->Context =
+                translation.IsGlobal && mode == MmuMode.Supervisor && block->Crosses == 0 ? shared : context;
             entry->Target = block;
         }
 

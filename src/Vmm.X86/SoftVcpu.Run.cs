@@ -322,6 +322,11 @@ public sealed unsafe partial class SoftVcpu
             return Interrupts.DeliverFault(cpu);
         }
 
+        if (_wantsBranch)
+        {
+            RememberBranch(cpu, block);
+        }
+
         ulong count = cpu->InstructionCount;
         status = RunBlocks(cpu, block);
         switch (status)
@@ -417,7 +422,8 @@ public sealed unsafe partial class SoftVcpu
             ulong linear = cpu->Rip + CpuContext.Segment(cpu, Seg.Cs)->EffectiveBase;
             JumpEntry* entry = cpu->Blocks.JumpSlot(linear);
             Block* next;
-            if (entry->Linear == linear && entry->Context == ((cpu->TlbAsid << 32) | cpu->ModeKey) &&
+            if (entry->Linear == linear && (entry->Context == ((cpu->SpaceAsid << 32) | cpu->ModeKey) ||
+                entry->Context == ((cpu->GlobalAsid << 32) | cpu->ModeKey)) &&
                 entry->Target->Generation == *entry->Target->PageGeneration && entry->Target->Crosses == 0)
             {
                 next = entry->Target;
@@ -431,6 +437,11 @@ public sealed unsafe partial class SoftVcpu
                     // The outer round finds it again, and delivers the fault if there is one.
                     return Status.Look;
                 }
+            }
+
+            if (_wantsBranch)
+            {
+                RememberBranch(cpu, next);
             }
 
             if (_exit >= 0)

@@ -34,6 +34,8 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         _cpu->Tlbs = (TlbEntry*)((byte*)_cpu + CpuContext.TlbOffset);
         _cpu->Blocks.BranchTable = (ulong*)((byte*)_cpu + CpuContext.BranchesOffset);
         _cpu->Blocks.FarSites = (byte**)Allocate<nint>(BlockCache.MaxFarSites, 64);
+        _cpu->Blocks.FarPages = Allocate<ulong>(BlockCache.MaxFarSites, 64);
+        _cpu->Blocks.BranchPages = Allocate<ulong>(BlockCache.BranchPageWords, 64);
         _cpu->PcidAsids = Allocate<ushort>(Asids.Pcids, 64);
         _cpu->Blocks.Jumps = Allocate<JumpEntry>(BlockCache.Rows * BlockCache.RowEntries, 64);
         _cpu->Blocks.Hash = (Block**)Allocate<nint>(BlockCache.Buckets, 64);
@@ -118,6 +120,8 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         NativeMemory.AlignedFree(_cpu->Blocks.Jumps);
         NativeMemory.AlignedFree(_cpu->Blocks.Hash);
         NativeMemory.AlignedFree(_cpu->Blocks.FarSites);
+        NativeMemory.AlignedFree(_cpu->Blocks.FarPages);
+        NativeMemory.AlignedFree(_cpu->Blocks.BranchPages);
         NativeMemory.AlignedFree(_cpu->Blocks.Arena);
         NativeMemory.AlignedFree(_cpu);
         _cpu = null;

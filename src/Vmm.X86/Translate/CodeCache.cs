@@ -99,11 +99,13 @@ internal sealed unsafe class CodeCache : IDisposable
     public const int StaleBytes = 11;
 
     private const int MaxExits = 1 << 19;
+    private const int FirstCold = SoftHypervisor.ArenaBytes / 2;
     private readonly ThunkCache _owner;
     private readonly byte* _write;
     private readonly Block** _pages;
     private readonly int _firstBlock;
     private int _used;
+    private int _cold;
     private int _exits;
 
     private CodeCache(ThunkCache owner, byte* write, long executeDelta)
@@ -117,6 +119,7 @@ internal sealed unsafe class CodeCache : IDisposable
         Stubs = new CodeStubs(ref emitter, executeDelta);
         _firstBlock = (int)(emitter.At - write + 63) & ~63;
         _used = _firstBlock;
+        _cold = FirstCold;
     }
 
     /// <summary>Executable address minus writable address.</summary>
@@ -129,13 +132,17 @@ internal sealed unsafe class CodeCache : IDisposable
     public ExitRecord* Exits { get; }
 
     /// <summary>Bytes of code written since the last reset.</summary>
-    public int UsedBytes => _used;
+    public int UsedBytes => _used + _cold - FirstCold;
+
+    /// <summary>Where the next block's cold code goes. Away from the rest, so that code which runs lies close together.</summary>
+    public byte* NextCold => _write + _cold;
 
     /// <summary>The count of BlockCache.Clears that the code belongs to.</summary>
     public long Clears { get; private set; }
 
     /// <summary>Where the next block goes, or null when the arena or the exits are used up.</summary>
-    public byte* Next => SoftHypervisor.ArenaBytes - _used < BlockBytes || MaxExits - _exits < 256
+    public byte* Next => FirstCold - _used < BlockBytes || SoftHypervisor.ArenaBytes - _cold < BlockBytes ||
+        MaxExits - _exits < 256
         ? null
         : _write + _used;
 
@@ -148,6 +155,7 @@ internal sealed unsafe class CodeCache : IDisposable
     {
         Clears = clears;
         _used = _firstBlock;
+        _cold = FirstCold;
         _exits = 0;
         NativeMemory.Clear(_pages, (nuint)(VmShared.CodeEntries * sizeof(Block*)));
     }
@@ -167,10 +175,11 @@ internal sealed unsafe class CodeCache : IDisposable
         return _exits++;
     }
 
-    /// <summary>Accepts what was written at <see cref="Next"/>.</summary>
-    public void Publish(CpuContext* cpu, Block* block, byte* end)
+    /// <summary>Accepts what was written at <see cref="Next"/> and <see cref="NextCold"/>.</summary>
+    public void Publish(CpuContext* cpu, Block* block, byte* end, byte* coldEnd)
     {
         _used = (int)(end - _write + 15) & ~15;
+        _cold = (int)(coldEnd - _write + 3) & ~3;
         ref Block* head = ref _pages[PageIndex(cpu, block)];
         block->NextNative = head;
         head = block;
@@ -219,12 +228,24 @@ internal sealed unsafe class CodeCache : IDisposable
     // SAFETY: the layout is FarBranch's, and the thread that executes this code is here and not there.
     public void LinkFar(CpuContext* cpu, byte* site, ulong expected, ulong page, byte* target)
     {
-        if (cpu->Blocks.FarCount == BlockCache.MaxFarSites)
+        const byte jumpOpcode = 0xE9;
+        if (*site == jumpOpcode)
         {
+            if (cpu->Blocks.FarCount == BlockCache.MaxFarSites)
+            {
+                cpu->Blocks.UnlinkFar();
+            }
+
+            cpu->Blocks.FarSites[cpu->Blocks.FarCount] = site;
+            cpu->Blocks.FarPages[cpu->Blocks.FarCount++] = page;
+        }
+        else if (*(ulong*)(site + FarBranch.Page) != page)
+        {
+            // It is listed with another page: forget that one by forgetting all.
             cpu->Blocks.UnlinkFar();
+            return;
         }
 
-        cpu->Blocks.FarSites[cpu->Blocks.FarCount++] = site;
         *(ulong*)(site + FarBranch.Expected) = expected;
         *(ulong*)(site + FarBranch.Page) = page;
         byte* jump = site + FarBranch.Exit;
@@ -243,6 +264,11 @@ internal sealed unsafe class CodeCache : IDisposable
     /// <summary>Lets a branch to another page always probe the indirect-branch cache.</summary>
     public static void ProbeFar(byte* site)
     {
+        if (*(int*)(site + 1) == FarBranch.Probe - 5)
+        {
+            return;
+        }
+
         var emitter = new Emitter(site);
         emitter.Jump(site + FarBranch.Probe);
     }

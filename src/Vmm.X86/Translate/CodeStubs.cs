@@ -9,7 +9,8 @@ namespace Vmm.X86;
 //
 //     Enter            ulong enter(CpuContext* cpu, byte* entry): loads registers, jumps; answers an ExitCode
 //     Handler          called with T0 = a record, T1 = its block (both as arena offsets): executes the record through
-//                      the interpreter's handler; comes back, with the host's flags loaded, when that answered Next
+//                      the interpreter's handler; comes back, with the host's flags loaded, when that answered Next;
+//                      goes on elsewhere when it jumped to a place that the indirect-branch cache has; leaves otherwise
 //     ExitHostFlags    T0 = exit record: saves the host's flags, then like
 //     ExitFlagImage    T0 = exit record: leaves to the dispatcher
 //     Interpret        T0 = a record, T1 = its block: leaves, and the interpreter goes on there
@@ -152,10 +153,11 @@ internal sealed unsafe class CodeStubs
 
         e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Host.T1, Sites.Limit), 0, wide: true);
         byte* filled = e.JumpIf(HostCondition.NotEqual);
-        e.Load32(Host.Rcx, HostMemory.Context(Offsets.SiteCount));
-        e.Store32(
-            new HostMemory(Host.None, Host.Rcx, 2, CpuContext.SiteJournalOffset, isContext: true), Host.T1);
-        e.AluImmediate8(AluOp.Add, HostMemory.Context(Offsets.SiteCount), 1);
+        int count = Offsets.SiteCounts + ((kind >> 2) * sizeof(int));
+        int journal = CpuContext.SiteJournalOffset + ((kind >> 2) * Sites.CountOfMode * sizeof(int));
+        e.Load32(Host.Rcx, HostMemory.Context(count));
+        e.Store32(new HostMemory(Host.None, Host.Rcx, 2, journal, isContext: true), Host.T1);
+        e.AluImmediate8(AluOp.Add, HostMemory.Context(count), 1);
         e.Land(filled);
         e.Push(Host.Rdx);
         e.Push(Host.Rbx);
@@ -449,15 +451,18 @@ internal sealed unsafe class CodeStubs
     private static void EmitLeave(ref Emitter e, byte* saveVectors, byte* saveX87, int code)
     {
         EmitRegisters(ref e, store: true);
-        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.VectorsLoaded), 0);
-        byte* none = e.JumpIf(HostCondition.Equal);
-        e.Call(saveVectors);
-        e.Land(none);
-        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.X87Loaded), 0);
-        none = e.JumpIf(HostCondition.Equal);
-        e.Call(saveX87);
-        e.Land(none);
+        CallIfLoaded(ref e, Offsets.VectorsLoaded, saveVectors);
+        CallIfLoaded(ref e, Offsets.X87Loaded, saveX87);
         EmitReturn(ref e, code);
+    }
+
+    // Calls what saves or loads a part of the state when that part is in the host's registers.
+    private static void CallIfLoaded(ref Emitter e, int loaded, byte* stub)
+    {
+        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(loaded), 0);
+        byte* none = e.JumpIf(HostCondition.Equal);
+        e.Call(stub);
+        e.Land(none);
     }
 
     private static void EmitHandler(
@@ -466,38 +471,49 @@ internal sealed unsafe class CodeStubs
         // The caller's CALL has misaligned the stack by 8.
         e.AluImmediate(AluOp.Sub, Host.Rsp, 8);
         EmitRegisters(ref e, store: true);
-        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.VectorsLoaded), 0);
-        byte* none = e.JumpIf(HostCondition.Equal);
-        e.Call(saveVectors);
-        e.Land(none);
-        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.X87Loaded), 0);
-        none = e.JumpIf(HostCondition.Equal);
-        e.Call(saveX87);
-        e.Land(none);
+        CallIfLoaded(ref e, Offsets.VectorsLoaded, saveVectors);
+        CallIfLoaded(ref e, Offsets.X87Loaded, saveX87);
         e.Load(Host.Rdi, HostMemory.Context(Offsets.Self));
         e.Move(Host.Rsi, Host.T0);
         e.Move(Host.Rdx, Host.T1);
         e.CallMemory(HostMemory.Context(Offsets.Helper));
         e.Test32(Host.Rax, Host.Rax);
-        byte* leaves = e.JumpIf(HostCondition.NotEqual);
-        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.VectorsLoaded), 0);
-        none = e.JumpIf(HostCondition.Equal);
-        e.Call(loadVectors);
-        e.Land(none);
-        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.X87Loaded), 0);
-        none = e.JumpIf(HostCondition.Equal);
-        e.Call(loadX87);
-        e.Land(none);
+        byte* elsewhere = e.JumpIf(HostCondition.NotEqual);
+        CallIfLoaded(ref e, Offsets.VectorsLoaded, loadVectors);
+        CallIfLoaded(ref e, Offsets.X87Loaded, loadX87);
         e.Load32(Host.Rax, HostMemory.Context(Offsets.FlagImage));
         e.AddAl(0x7F);
         e.Sahf();
         EmitRegisters(ref e, store: false);
         e.Lea(Host.Rsp, new HostMemory(Host.Rsp, 8));
         e.Return();
+        e.Land(elsewhere);
+        e.AluImmediate(AluOp.Cmp, Host.Rax, HandlerResult.Leave, wide: false);
+        byte* leaves = e.JumpIf(HostCondition.Equal);
+
+        // The block at the target loads vector and x87 state when it needs them.
+        e.StoreImmediate32(HostMemory.Context(Offsets.VectorsLoaded), 0);
+        e.StoreImmediate32(HostMemory.Context(Offsets.X87Loaded), 0);
+        EmitRegisters(ref e, store: false);
+        e.Lea(Host.Rsp, new HostMemory(Host.Rsp, 16));
+        e.JumpMemory(HostMemory.Context(Offsets.ExitInfo));
         e.Land(leaves);
         e.AluImmediate(AluOp.Add, Host.Rsp, 16);
         EmitReturn(ref e, ExitCode.Status);
     }
+}
+
+/// <summary>What the function behind CodeStubs.Handler answers.</summary>
+internal static class HandlerResult
+{
+    /// <summary>The instruction is done; go on behind it.</summary>
+    public const int Next = 0;
+
+    /// <summary>Leave to the dispatcher, with ExitCode.Status.</summary>
+    public const int Leave = 1;
+
+    /// <summary>Go on at the code in ExitInfo, which expects the flags in their image.</summary>
+    public const int Jump = 2;
 }
 
 /// <summary>Offsets in the context that generated code uses.</summary>
@@ -516,7 +532,7 @@ internal static class Offsets
     public const int ExitInfo = 0x3C8;
     public const int X87Loaded = 0x3EC;
     public const int X87Ready = 0x3F0;
-    public const int SiteCount = 0x3F4;
+    public const int SiteCounts = 0x7E0;
     public const int SiteFlagsLow = 0x3F8;
     public const int SiteFlagsLength = 0x7F8;
     public const int Thrashing = 0x7F4;

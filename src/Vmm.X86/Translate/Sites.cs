@@ -103,8 +103,14 @@ internal static unsafe class Sites
     public const int TlbAddend = 16;
     public const int TlbPageFlags = 24;
 
+    /// <summary>Privilege modes that have sites: all but the one whose TLB is empty.</summary>
+    public const int Modes = 3;
+
+    /// <summary>All sites of a mode.</summary>
+    public const int CountOfMode = Classes / Modes / 2 * (ShortRing + LongRing);
+
     /// <summary>All sites.</summary>
-    public const int Count = Classes / 2 * (ShortRing + LongRing);
+    public const int Count = Modes * CountOfMode;
 
     /// <summary>Number of a class, 0 to 11.</summary>
     public static int Class(MmuMode mode, bool write, int size) =>
@@ -119,32 +125,57 @@ internal static unsafe class Sites
     }
 
     /// <summary>Empties all sites.</summary>
-    // SAFETY: here and in DropPage: the journal holds offsets that the translator computed by Offset and FillSite entered
-    // once for each site that went from empty to filled, so it has at most Count entries.
+    // SAFETY: here and below: a journal holds offsets that the translator computed by Offset and FillSite entered once for
+    // each site that went from empty to filled, so it has at most CountOfMode entries.
     public static void Drop(CpuContext* cpu)
     {
-        int* journal = (int*)((byte*)cpu + CpuContext.SiteJournalOffset);
-        for (int i = 0; i < cpu->SiteCount; i++)
+        for (int mode = 0; mode < Modes; mode++)
         {
-            var site = (SiteEntry*)((byte*)cpu + journal[i]);
-            site->Limit = 0;
-            site->Misses = 0;
+            Drop(cpu, mode);
         }
+    }
 
-        cpu->SiteCount = 0;
+    /// <summary>Empties the sites of modes whose TLB belongs to one address space.</summary>
+    public static void DropSpace(CpuContext* cpu)
+    {
+        Drop(cpu, (int)MmuMode.User);
+        Drop(cpu, (int)MmuMode.SupervisorAc);
     }
 
     /// <summary>Empties the sites for stores: a page's flags are not "written" any more.</summary>
     public static void DropStores(CpuContext* cpu)
     {
-        int* journal = (int*)((byte*)cpu + CpuContext.SiteJournalOffset);
-        for (int i = cpu->SiteCount - 1; i >= 0; i--)
+        for (int mode = 0; mode < Modes; mode++)
         {
-            int kind = (journal[i] - CpuContext.SitesOffset) / ((ShortRing + LongRing) * EntryBytes);
-            if ((kind & 1) != 0)
+            int* journal = Journal(cpu, mode);
+            for (int i = cpu->SiteCounts[mode] - 1; i >= 0; i--)
             {
-                ((SiteEntry*)((byte*)cpu + journal[i]))->Limit = 0;
-                journal[i] = journal[--cpu->SiteCount];
+                int kind = (journal[i] - CpuContext.SitesOffset) / ((ShortRing + LongRing) * EntryBytes);
+                if ((kind & 1) != 0)
+                {
+                    ((SiteEntry*)((byte*)cpu + journal[i]))->Limit = 0;
+                    journal[i] = journal[--cpu->SiteCounts[mode]];
+                }
+            }
+        }
+    }
+
+    /// <summary>Empties the sites of a linear page.</summary>
+    public static void DropPage(CpuContext* cpu, ulong linear)
+    {
+        // Of user pages, the supervisor's sites have at most what its TLB has: private entries.
+        int first = (long)linear >= 0 && cpu->PrivateCount == 0 ? (int)MmuMode.User : 0;
+        for (int mode = first; mode < Modes; mode++)
+        {
+            int* journal = Journal(cpu, mode);
+            for (int i = cpu->SiteCounts[mode] - 1; i >= 0; i--)
+            {
+                var site = (SiteEntry*)((byte*)cpu + journal[i]);
+                if ((linear & ~Mem.PageOffset) - site->Low < site->Limit + LongBytes)
+                {
+                    site->Limit = 0;
+                    journal[i] = journal[--cpu->SiteCounts[mode]];
+                }
             }
         }
     }
@@ -169,18 +200,19 @@ internal static unsafe class Sites
         }
     }
 
-    /// <summary>Empties the sites of a linear page.</summary>
-    public static void DropPage(CpuContext* cpu, ulong linear)
+    private static int* Journal(CpuContext* cpu, int mode) =>
+        (int*)((byte*)cpu + CpuContext.SiteJournalOffset) + (mode * CountOfMode);
+
+    private static void Drop(CpuContext* cpu, int mode)
     {
-        int* journal = (int*)((byte*)cpu + CpuContext.SiteJournalOffset);
-        for (int i = cpu->SiteCount - 1; i >= 0; i--)
+        int* journal = Journal(cpu, mode);
+        for (int i = 0; i < cpu->SiteCounts[mode]; i++)
         {
             var site = (SiteEntry*)((byte*)cpu + journal[i]);
-            if ((linear & ~Mem.PageOffset) - site->Low < site->Limit + LongBytes)
-            {
-                site->Limit = 0;
-                journal[i] = journal[--cpu->SiteCount];
-            }
+            site->Limit = 0;
+            site->Misses = 0;
         }
+
+        cpu->SiteCounts[mode] = 0;
     }
 }

@@ -16,6 +16,7 @@ public sealed unsafe partial class SoftVcpu
     private TraitsTable? _traits;
     private ExceptionDispatchInfo? _failure;
     private int _exit = -1;
+    private bool _wantsBranch;
 
     /// <summary>Executions by the interpreter before a block is translated; 1 translates at once.</summary>
     internal int TranslateAfter { get; set; } = 6;
@@ -195,8 +196,8 @@ public sealed unsafe partial class SoftVcpu
         next->Physical == (exit->Source->Physical & ~Mem.PageOffset) + (ulong)exit->Offset &&
         next->Key == exit->Source->Key && exit->Offset is >= 0 and <= 4095;
 
-    // The kernel's branches are the same in every address space where its pages are global: they have one tag. Branches
-    // to pages that are not are not kept then.
+    // The kernel's branches are the same in every address space where its pages are global: they have the tag of the
+    // supervisor's TLB. Branches to pages that are not global are not kept then.
     private static bool InsertBranch(CpuContext* cpu, Block* next)
     {
         ulong linear = cpu->Rip;
@@ -210,9 +211,7 @@ public sealed unsafe partial class SoftVcpu
         ulong* entry = cpu->Blocks.BranchTable + BlockCache.BranchSlot(linear);
         entry[0] = linear ^ ((ulong)Tag(cpu) << 48);
         entry[1] = (ulong)next->EntryFlagImage;
-        int bit = BlockCache.BranchPage(linear);
-        ulong* pages = &cpu->Blocks.BranchPages0;
-        pages[bit >> 6] |= 1UL << (bit & 63);
+        cpu->Blocks.AddBranchPage(linear);
         return true;
     }
 
@@ -221,7 +220,7 @@ public sealed unsafe partial class SoftVcpu
 
     private static ushort Tag(CpuContext* cpu)
     {
-        uint tag = IsShared(cpu) ? 0x4000 : (uint)cpu->TlbAsid;
+        uint tag = (uint)(IsShared(cpu) ? cpu->GlobalAsid : cpu->SpaceAsid);
         tag |= (cpu->ModeKey & BlockKey.User) != 0 ? 0x1000U : 0;
         tag |= (cpu->ModeKey & BlockKey.Ac) != 0 ? 0x2000U : 0;
         return (ushort)tag;
@@ -271,7 +270,7 @@ public sealed unsafe partial class SoftVcpu
         }
     }
 
-    // The function behind CodeStubs.Handler. 0: the instruction is done, go on behind it.
+    // The function behind CodeStubs.Handler; answers a HandlerResult.
     [UnmanagedCallersOnly]
     private static ulong ExecuteRecord(CpuContext* cpu, ulong recordOffset, ulong blockOffset)
     {
@@ -300,11 +299,21 @@ public sealed unsafe partial class SoftVcpu
                 {
                     ulong flags = Flags.GetArithmetic(cpu);
                     cpu->FlagImage = ((flags & 0xD5) << 8) | (flags >> 11);
-                    return 0;
+                    return HandlerResult.Next;
                 }
 
                 cpu->Rip = Insn.NextAddress(cpu, insn);
                 status = Status.Look;
+            }
+            else if (status == Status.Fault)
+            {
+                status = From(cpu).DeliverHere(cpu, insn);
+            }
+
+            if (status <= Status.Look && GoOn(cpu))
+            {
+                cpu->InstructionCount++;
+                return HandlerResult.Jump;
             }
         }
         catch (Exception error)
@@ -314,6 +323,57 @@ public sealed unsafe partial class SoftVcpu
         }
 
         cpu->ExitInfo = (recordOffset << 8) | (uint)status;
-        return 1;
+        return HandlerResult.Leave;
+    }
+
+    // Delivers the fault of an instruction in generated code.
+    private Status DeliverHere(CpuContext* cpu, Insn* insn)
+    {
+        _last = insn;
+        PrepareFault(cpu);
+        cpu->PendingDebug = 0;
+        return Interrupts.DeliverFault(cpu) ? Status.Look : Status.Shutdown;
+    }
+
+    // After a change of place, mode or translations: goes on in generated code when nothing waits for the outer round
+    // (RunOnce, ServeEvents) and the indirect-branch cache knows the place.
+    private static bool GoOn(CpuContext* cpu)
+    {
+        const ulong watched = 0xFF;
+        if ((Volatile.Read(ref cpu->Request) | cpu->Shadow | cpu->NmiPending | cpu->BlocksStale) != 0 ||
+            cpu->PendingDebug != 0 || cpu->Mode != ProcessorMode.Long || (cpu->Dr7 & watched) != 0 ||
+            cpu->Activity != (int)Core.ActivityState.Running || (cpu->RflagsSystem & Rflags.Tf) != 0 ||
+            (cpu->InterruptHint != 0 && (cpu->RflagsSystem & Rflags.If) != 0))
+        {
+            return false;
+        }
+
+        From(cpu)._softwareInterrupt = false;
+        Prepare(cpu);
+        // SAFETY: BranchSlot stays inside the table; targets are entries of blocks of the present arena, or of dead ones,
+        // which forward.
+        ulong* entry = cpu->Blocks.BranchTable + BlockCache.BranchSlot(cpu->Rip);
+        if (entry[0] != (cpu->Rip ^ ((ulong)cpu->BranchTag << 48)))
+        {
+            From(cpu)._wantsBranch = true;
+            return false;
+        }
+
+        cpu->RflagsSystem &= ~Rflags.Rf;
+        cpu->CodeBase = cpu->Rip & ~Mem.PageOffset;
+        ulong flags = Flags.GetArithmetic(cpu);
+        cpu->FlagImage = ((flags & 0xD5) << 8) | (flags >> 11);
+        cpu->ExitInfo = entry[1];
+        return true;
+    }
+
+    // The block at RIP was looked for in vain by GoOn: the next time it is there.
+    private void RememberBranch(CpuContext* cpu, Block* block)
+    {
+        _wantsBranch = false;
+        if (block->EntryFlagImage != null && block->Crosses == 0 && _code!.Clears == cpu->Blocks.Clears)
+        {
+            InsertBranch(cpu, block);
+        }
     }
 }

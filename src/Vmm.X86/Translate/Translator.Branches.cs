@@ -171,10 +171,18 @@ internal sealed unsafe partial class Translator
         _e.Land(other);
         _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
         _e.AluImmediate(AluOp.Add, Host.T0, offset + PageOffset);
-        EmitBranchProbe(-1, 0);
+        EmitBranchProbe(exit);
     }
 
+    // A computed branch; record: the instruction that faults when the target is not canonical, or -1.
     private void EmitBranchProbe(int record, short undoRsp)
+    {
+        // SAFETY: a distance inside the arena, as in EmitHandlerCall.
+        int offset = record < 0 ? -1 : (int)((byte*)(_block->First + record) - _cpu->Blocks.Arena);
+        EmitBranchProbe(_cache.AddExit(ExitKindOfCode.Indirect, _block, offset, null, false, undoRsp));
+    }
+
+    private void EmitBranchProbe(int exit)
     {
         _e.Store(HostMemory.Context(Offsets.Rip), Host.T0);
         _e.Move(Host.T1, Host.T0);
@@ -204,9 +212,6 @@ internal sealed unsafe partial class Translator
         _e.Store(HostMemory.Context(Offsets.CodeBase), Host.T0);
         _e.JumpMemory(
             new HostMemory(Host.None, Host.T1, 3, CpuContext.BranchesOffset + sizeof(ulong), isContext: true));
-        // SAFETY: a distance inside the arena, as in EmitHandlerCall.
-        int offset = record < 0 ? -1 : (int)((byte*)(_block->First + record) - _cpu->Blocks.Arena);
-        int exit = _cache.AddExit(ExitKindOfCode.Indirect, _block, offset, null, false, undoRsp);
         _e.Land(miss);
         if (refused != null)
         {

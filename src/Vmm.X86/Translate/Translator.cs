@@ -108,8 +108,10 @@ internal sealed unsafe partial class Translator
         Liveness(liveOut);
         block->FlagsIn = (int)_live[0] | 0x100;
         Body();
+        byte* end = _e.At;
+        _e = new Emitter(_cache.NextCold);
         Cold();
-        _cache.Publish(cpu, block, _e.At);
+        _cache.Publish(cpu, block, end, _e.At);
         Blocks++;
         Instructions += _count;
         return true;
