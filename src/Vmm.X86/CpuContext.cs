@@ -84,23 +84,26 @@ internal static class Seg
     public const int Tr = 7;
 }
 
-/// <summary>Why the dispatch loop should look up: bits of <see cref="CpuContext.Request"/>.</summary>
+/// <summary>
+/// Why the dispatch loop should look up: bits of <see cref="CpuContext.Request"/>. Bit 0 is not used: it does not take part in
+/// the choice of an entry of the indirect-branch cache, and a request must not make one address look like another.
+/// </summary>
 internal static class RequestBits
 {
     /// <summary>IVcpu.Kick was called: Run returns Interrupted.</summary>
-    public const int Kick = 1;
+    public const int Kick = 2;
 
     /// <summary>Memory slots changed: drop every cached translation before going on.</summary>
-    public const int FlushAll = 2;
+    public const int FlushAll = 4;
 
     /// <summary>Something that this thread itself did needs the slow path (mode, interrupt flag, breakpoints).</summary>
-    public const int Look = 4;
+    public const int Look = 8;
 
     /// <summary>Code was overwritten: generated code of it must be cut off (VmShared.CodeWriteRing).</summary>
-    public const int Code = 8;
+    public const int Code = 16;
 
     /// <summary>Another vCPU has decoded code from a page: sites for stores must be emptied (Sites.cs).</summary>
-    public const int Stores = 16;
+    public const int Stores = 32;
 }
 
 /// <summary>

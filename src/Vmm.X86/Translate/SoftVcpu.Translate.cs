@@ -341,7 +341,7 @@ public sealed unsafe partial class SoftVcpu
     {
         const ulong watched = 0xFF;
         if ((Volatile.Read(ref cpu->Request) | cpu->Shadow | cpu->NmiPending | cpu->BlocksStale) != 0 ||
-            cpu->PendingDebug != 0 || cpu->Mode != ProcessorMode.Long || (cpu->Dr7 & watched) != 0 ||
+            cpu->PendingDebug != 0 || cpu->Mode != ProcessorMode.Long || !Paging.IsCanonical(cpu, cpu->Rip) || (cpu->Dr7 & watched) != 0 ||
             cpu->Activity != (int)Core.ActivityState.Running || (cpu->RflagsSystem & Rflags.Tf) != 0 ||
             (cpu->InterruptHint != 0 && (cpu->RflagsSystem & Rflags.If) != 0))
         {

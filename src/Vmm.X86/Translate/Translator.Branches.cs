@@ -171,20 +171,33 @@ internal sealed unsafe partial class Translator
         _e.Land(other);
         _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
         _e.AluImmediate(AluOp.Add, Host.T0, offset + PageOffset);
-        EmitBranchProbe(exit);
+        EmitBranchProbe(exit, isComputed: false);
     }
 
-    // A computed branch; record: the instruction that faults when the target is not canonical, or -1.
+    // A branch to a computed address, or one (record -1) whose target the translator knows to be as good as canonical;
+    // record: the instruction that faults when the target is not.
     private void EmitBranchProbe(int record, short undoRsp)
     {
         // SAFETY: a distance inside the arena, as in EmitHandlerCall.
         int offset = record < 0 ? -1 : (int)((byte*)(_block->First + record) - _cpu->Blocks.Arena);
-        EmitBranchProbe(_cache.AddExit(ExitKindOfCode.Indirect, _block, offset, null, false, undoRsp));
+        int exit = _cache.AddExit(ExitKindOfCode.Indirect, _block, offset, null, false, undoRsp);
+        EmitBranchProbe(exit, isComputed: record >= 0);
     }
 
-    private void EmitBranchProbe(int exit)
+    private void EmitBranchProbe(int exit, bool isComputed)
     {
         _e.Store(HostMemory.Context(Offsets.Rip), Host.T0);
+        byte* refused = null;
+        if (isComputed)
+        {
+            // The guest chose all 64 bits, and could have chosen the tag, too: bits 63:47 must be equal.
+            _e.Move(Host.T1, Host.T0);
+            _e.Shift(7, Host.T1, 47);
+            _e.AluImmediate(AluOp.Add, Host.T1, 1);
+            _e.AluImmediate(AluOp.Cmp, Host.T1, 1);
+            refused = _e.JumpIf(HostCondition.Above);
+        }
+
         _e.Move(Host.T1, Host.T0);
         _e.Shift(5, Host.T1, 11);
         _e.Alu32(AluOp.Xor, Host.T1, Host.T0);
@@ -192,22 +205,7 @@ internal sealed unsafe partial class Translator
         _e.Alu(AluOp.Xor, Host.T0, HostMemory.Context(Offsets.Request));
         _e.Alu(AluOp.Cmp, Host.T0, new HostMemory(Host.None, Host.T1, 3, CpuContext.BranchesOffset, isContext: true));
         byte* miss = _e.JumpIf(HostCondition.NotEqual);
-        byte* refused = null;
-        if (record >= 0)
-        {
-            // The guest chose all 64 bits, and could have chosen the tag, too: bits 63:47 must be equal.
-            _e.Load(Host.T0, HostMemory.Context(Offsets.Rip));
-            _e.Shift(7, Host.T0, 47);
-            _e.AluImmediate(AluOp.Add, Host.T0, 1);
-            _e.AluImmediate(AluOp.Cmp, Host.T0, 1);
-            refused = _e.JumpIf(HostCondition.Above);
-            _e.Load(Host.T0, HostMemory.Context(Offsets.Rip));
-        }
-        else
-        {
-            _e.Alu(AluOp.Xor, Host.T0, HostMemory.Context(Offsets.Request));
-        }
-
+        _e.Alu(AluOp.Xor, Host.T0, HostMemory.Context(Offsets.Request));
         _e.AluImmediate(AluOp.And, Host.T0, -4096);
         _e.Store(HostMemory.Context(Offsets.CodeBase), Host.T0);
         _e.JumpMemory(
