@@ -101,9 +101,15 @@ report() {
 		}
 		/^host: end/ { end = 1 }
 		END {
-			for (k in kind)
-				print "bench kmod-" k " " best["ours", k] \
-				    " exits/s " best["theirs", k]
+			for (k in kind) {
+				ours = best["ours", k]
+				theirs = best["theirs", k]
+				print "bench kmod-" k " " ours " exits/s " theirs
+				slow = !(theirs > 0 && ours >= 0.9 * theirs)
+				print (slow ? "not ok " : "ok ") ++n " - " \
+				    label k ", at least 0.9 of kvm_amd"
+				bad += slow
+			}
 			if (!end) {
 				print "not ok " ++n " - " label "the host lived"
 				bad++
