@@ -239,8 +239,10 @@ internal unsafe struct CpuContext
     [FieldOffset(0xEC)]
     public ProcessorMode Mode;
 
-    /// <summary>Instructions retired, exact at block boundaries.</summary>
-    [FieldOffset(0xF0)]
+    /// <summary>
+    /// Instructions retired, exact at block boundaries; of translated code only where <see cref="CountsBlocks"/> is 1.
+    /// </summary>
+    [FieldOffset(Offsets.InstructionCount)]
     public ulong InstructionCount;
 
     /// <summary>GC handle of the owning SoftVcpu.</summary>
@@ -464,6 +466,10 @@ internal unsafe struct CpuContext
     /// <summary>1 when the place that calls the handler should look into the TLB instead of having a site.</summary>
     [FieldOffset(Offsets.Thrashing)]
     public int Thrashing;
+
+    /// <summary>1 when a translated block adds its length to <see cref="InstructionCount"/> as it is entered.</summary>
+    [FieldOffset(0x7F0)]
+    public int CountsBlocks;
 
     /// <summary>Current privilege level, 0 to 3.</summary>
     [FieldOffset(Offsets.Cpl)]

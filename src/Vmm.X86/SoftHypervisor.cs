@@ -52,6 +52,13 @@ public sealed class SoftHypervisor : IHypervisor
         }
     }
 
+    /// <summary>
+    /// Lets translated code of VMs made from now on count what it executes, so that SoftVcpu.InstructionsRetired is the
+    /// interpreter's count, instruction for instruction, whenever the vCPU has left Run or is in a device. Costs three
+    /// instructions a block; without it only what the interpreter executes is counted.
+    /// </summary>
+    public bool CountInstructions { get; set; }
+
     /// <summary>Frequency of the guest's TSC: one tick a nanosecond.</summary>
     public const long TscKhz = 1_000_000;
 
@@ -80,7 +87,7 @@ public sealed class SoftHypervisor : IHypervisor
     public IVm CreateVm(VmOptions options)
     {
         System.ArgumentNullException.ThrowIfNull(options);
-        return new SoftVm(options, TscKhz, _thunks) { Translate = Translate };
+        return new SoftVm(options, TscKhz, _thunks) { Translate = Translate, CountInstructions = CountInstructions };
     }
 
     /// <inheritdoc/>

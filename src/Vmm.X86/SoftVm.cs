@@ -56,6 +56,9 @@ public sealed unsafe class SoftVm : IVm
     /// <summary>vCPUs made from now on translate hot code.</summary>
     internal bool Translate { get; init; }
 
+    /// <summary>Translated code counts instructions.</summary>
+    internal bool CountInstructions { get; init; }
+
     internal VmShared* Shared { get; private set; }
 
     /// <summary>All vCPUs; replaced as a whole.</summary>

@@ -123,7 +123,8 @@ internal sealed unsafe class TestVm : IDisposable
     /// <param name="bytes">RAM.</param>
     /// <param name="vcpus">How many.</param>
     /// <param name="translateAfter">Executions of a block before it is translated; 0 for never.</param>
-    public TestVm(ulong bytes = 4 << 20, int vcpus = 1, int translateAfter = 1)
+    /// <param name="countInstructions">Translated code counts what it executes.</param>
+    public TestVm(ulong bytes = 4 << 20, int vcpus = 1, int translateAfter = 1, bool countInstructions = false)
     {
         _block = (byte*)NativeMemory.AlignedAlloc((nuint)bytes + (2 * MarginBytes), 4096);
         new Span<byte>(_block, (int)bytes + (2 * MarginBytes)).Fill(Poison);
@@ -131,9 +132,13 @@ internal sealed unsafe class TestVm : IDisposable
         NativeMemory.Clear(_memory, (nuint)bytes);
         _flags = (byte*)NativeMemory.AllocZeroed((nuint)(bytes >> 12) + 8);
         Bytes = bytes;
-        var hypervisor = new SoftHypervisor(TestCode.Create()) { Translate = translateAfter != 0 };
+        var hypervisor = new SoftHypervisor(TestCode.Create()) 
+        {
+            Translate = translateAfter != 0,
+            CountInstructions = countInstructions,
+        };
         Vm = (SoftVm)hypervisor.CreateVm(new VmOptions { Ports = Ports, Mmio = Mmio, Clock = Clock });
-        Vm.SetMemorySlot(0, new MemorySlot(0, bytes, (nint)_memory, false, true, (nint)_flags));
+        Vm.SetMemorySlot(0, new MemorySlot(0, bytes, (nint)_memory, false, false, (nint)_flags));
         for (int i = 0; i < vcpus; i++)
         {
             var port = new FakePort();

@@ -79,8 +79,11 @@ internal unsafe struct ExitRecord
     /// <summary>Where to go, from CodeBase; for computed targets the offset of the branch's record in the arena.</summary>
     public int Offset;
 
-    /// <summary>What to add to RSP to undo the branch when its target turns out not to be canonical.</summary>
-    public short UndoRsp;
+    /// <summary>
+    /// Of an indirect branch: what to add to RSP to undo it when its target turns out not to be canonical. Of a poll: the
+    /// block's instructions behind it.
+    /// </summary>
+    public short Undo;
 
     /// <summary><see cref="ExitKindOfCode"/>.</summary>
     public byte Kind;
@@ -161,7 +164,7 @@ internal sealed unsafe class CodeCache : IDisposable
     }
 
     /// <summary>Reserves an exit record.</summary>
-    public int AddExit(ExitKindOfCode kind, Block* source, int offset, byte* site, bool hostFlags, short undoRsp = 0)
+    public int AddExit(ExitKindOfCode kind, Block* source, int offset, byte* site, bool hostFlags, short undo = 0)
     {
         Exits[_exits] = new ExitRecord
         {
@@ -170,7 +173,7 @@ internal sealed unsafe class CodeCache : IDisposable
             Offset = offset,
             Site = site,
             HostFlags = hostFlags ? (byte)1 : (byte)0,
-            UndoRsp = undoRsp,
+            Undo = undo,
         };
         return _exits++;
     }

@@ -533,6 +533,7 @@ internal static class Offsets
     public const int X87Loaded = 0x3EC;
     public const int X87Ready = 0x3F0;
     public const int SiteCounts = 0x7E0;
+    public const int InstructionCount = 0xF0;
     public const int SiteFlagsLow = 0x3F8;
     public const int SiteFlagsLength = 0x7F8;
     public const int Thrashing = 0x7F4;

@@ -36,6 +36,7 @@ public sealed unsafe partial class SoftVcpu
         {
             _traits = new TraitsTable(this);
             _translator = new Translator(_code, _traits);
+            _cpu->CountsBlocks = Vm.CountInstructions ? 1 : 0;
             _cpu->Helper = (nint)(delegate* unmanaged<CpuContext*, ulong, ulong, ulong>)&ExecuteRecord;
         }
     }
@@ -105,7 +106,7 @@ public sealed unsafe partial class SoftVcpu
             // SAFETY: generated code puts only offsets here that the translator wrote into it, of records in the arena; when
             // the arena is emptied, all generated code goes with it. The same holds for every ExitInfo in this file.
             *insn = (Insn*)(cpu->Blocks.Arena + (cpu->ExitInfo >> 8));
-            cpu->InstructionCount++;
+            CountLast(cpu, cpu->CurrentBlock, *insn);
             return (Status)(cpu->ExitInfo & 0xFF);
         }
 
@@ -116,6 +117,7 @@ public sealed unsafe partial class SoftVcpu
             cpu->CurrentBlock = (Block*)(cpu->Blocks.Arena + (cpu->ExitInfo >> 32));
             cpu->BlockRip = cpu->CodeBase + (cpu->CurrentBlock->Physical & Mem.PageOffset);
             cpu->Rip = cpu->BlockRip;
+            cpu->InstructionCount -= Uncounted(cpu, cpu->CurrentBlock, *insn);
             return Status.Next;
         }
 
@@ -132,6 +134,10 @@ public sealed unsafe partial class SoftVcpu
         else
         {
             cpu->Rip = cpu->CodeBase + (ulong)exit->Offset;
+            if (exit->Kind == (byte)ExitKindOfCode.Poll && cpu->CountsBlocks != 0)
+            {
+                cpu->InstructionCount -= (ulong)exit->Undo;
+            }
         }
 
         _exit = (int)cpu->ExitInfo;
@@ -141,8 +147,9 @@ public sealed unsafe partial class SoftVcpu
     // A computed target that is not canonical: undoes the branch and lets the interpreter raise what it raises.
     private Status Refault(CpuContext* cpu, ExitRecord* exit, Insn** insn)
     {
-        cpu->Rsp += (ulong)exit->UndoRsp;
+        cpu->Rsp += (ulong)exit->Undo;
         *insn = (Insn*)(cpu->Blocks.Arena + exit->Offset);
+        cpu->InstructionCount -= Uncounted(cpu, exit->Source, *insn);
         cpu->BlockRip = cpu->CodeBase + (exit->Source->Physical & Mem.PageOffset);
         cpu->Rip = cpu->BlockRip;
         return Status.Next;
@@ -289,7 +296,11 @@ public sealed unsafe partial class SoftVcpu
                 From(cpu)._code!.Retire(cpu, block);
             }
 
+            // The handler, and a device behind it, sees the count of what was executed before.
+            ulong rest = Uncounted(cpu, block, insn);
+            cpu->InstructionCount -= rest;
             status = insn->Handler(cpu, insn);
+            cpu->InstructionCount += rest;
             if (status == Status.Next)
             {
                 int loaded = cpu->VectorsLoaded;
@@ -312,7 +323,7 @@ public sealed unsafe partial class SoftVcpu
 
             if (status <= Status.Look && GoOn(cpu))
             {
-                cpu->InstructionCount++;
+                CountLast(cpu, block, insn);
                 return HandlerResult.Jump;
             }
         }
@@ -324,6 +335,17 @@ public sealed unsafe partial class SoftVcpu
 
         cpu->ExitInfo = (recordOffset << 8) | (uint)status;
         return HandlerResult.Leave;
+    }
+
+    // What a block has counted in advance of an instruction and all behind it; 0 where blocks do not count.
+    private static ulong Uncounted(CpuContext* cpu, Block* block, Insn* insn) =>
+        cpu->CountsBlocks == 0 ? 0 : (ulong)(block->Count - (insn - block->First));
+
+    // Makes the count right for a block that ends with an instruction other than its last.
+    private static void CountLast(CpuContext* cpu, Block* block, Insn* insn)
+    {
+        cpu->InstructionCount -= Uncounted(cpu, block, insn);
+        cpu->InstructionCount++;
     }
 
     // Delivers the fault of an instruction in generated code.

@@ -29,6 +29,7 @@ internal sealed unsafe partial class Translator
             Jump = _e.JumpIf(HostCondition.NotEqual),
             Kind = ColdKind.Poll,
             Offset = _block->First[_at].Offset,
+            Level = _count - _at,
         };
         _inHost = false;
     }
@@ -335,7 +336,8 @@ internal sealed unsafe partial class Translator
                 _e.Jump(_cache.Stubs.Interpret);
                 break;
             case ColdKind.Poll:
-                int poll = _cache.AddExit(ExitKindOfCode.Poll, _block, PageOffset + cold.Offset, null, false);
+                int poll = _cache.AddExit(
+                    ExitKindOfCode.Poll, _block, PageOffset + cold.Offset, null, false, (short)cold.Level);
                 _e.MoveImmediate(Host.T0, (uint)poll);
                 _e.Jump(_cache.Stubs.ExitFlagImage);
                 break;

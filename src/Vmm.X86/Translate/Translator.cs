@@ -335,6 +335,14 @@ internal sealed unsafe partial class Translator
         _block->EntryHostFlags = host + _cache.ExecuteDelta;
         _block->EntryFlagImage = image + _cache.ExecuteDelta;
         byte* body = _e.At;
+        if (_cpu->CountsBlocks != 0)
+        {
+            // The whole block; who leaves it early takes back the rest (SoftVcpu.Translate.cs). LEA keeps the flags.
+            _e.Load(Host.T0, HostMemory.Context(Offsets.InstructionCount));
+            _e.Lea(Host.T0, new HostMemory(Host.T0, _count));
+            _e.Store(HostMemory.Context(Offsets.InstructionCount), Host.T0);
+        }
+
         if (vectors)
         {
             _e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.VectorsLoaded), level);
@@ -445,9 +453,9 @@ internal sealed unsafe partial class Translator
         _inImage = false;
     }
 
-    private void SlowJump(byte* jump, short undoRsp = 0)
+    private void SlowJump(byte* jump)
     {
-        _slow[_slowCount++] = new SlowSite { Jump = jump, Insn = _at, UndoRsp = undoRsp };
+        _slow[_slowCount++] = new SlowSite { Jump = jump, Insn = _at };
     }
 
     private void EmitHandlerCall(int index)
@@ -518,7 +526,6 @@ internal sealed unsafe partial class Translator
     {
         public byte* Jump;
         public int Insn;
-        public short UndoRsp;
     }
 
     private enum ColdKind

@@ -74,7 +74,7 @@ internal sealed unsafe class HostileGuest : IDisposable
         int ramBytes = 0x100000 - (vcpus * HostileRom.Bytes);
         _ram = new GuardedMemory(ramBytes);
         _ramFlags = new GuardedMemory(ramBytes >> 12);
-        _vm.SetMemorySlot(0, new MemorySlot(0, (ulong)ramBytes, _ram.Address, false, true, _ramFlags.Address));
+        _vm.SetMemorySlot(0, new MemorySlot(0, (ulong)ramBytes, _ram.Address, false, false, _ramFlags.Address));
         for (int i = 0; i < vcpus; i++)
         {
             _processors.Add(new Processor(this, i, mode, translateAfter));
