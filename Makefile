@@ -13,6 +13,9 @@ bindir = $(DESTDIR)$(PREFIX)/bin
 mandir = $(DESTDIR)$(PREFIX)/share/man
 sharedir = $(DESTDIR)$(PREFIX)/share/vmm
 exampledir = $(DESTDIR)$(PREFIX)/share/examples/vmm
+bashdir = $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+zshdir = $(DESTDIR)$(PREFIX)/share/zsh/site-functions
+fishdir = $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
 
 .PHONY: help all run test check bench fmt clean install uninstall deb kmod fuzz fuzz-cpu setup \
 	test-soft test-kvm test-svm test-vmx test-kmod test-freebsd test-illumos demo-fleet
@@ -37,16 +40,19 @@ all:
 	@tests/setup build
 	@src/Vmm.Fleet/Web/fetch
 	@$(DOTNET) publish src/Vmctl/Vmctl.csproj -c $(CONFIGURATION) --nologo -v quiet -o out/publish
-	@mkdir -p out/bin
+	@mkdir -p out/bin out/completion
 	@cp -f out/publish/vmctl out/bin/vmctl.new
 	@mv -f out/bin/vmctl.new out/bin/vmctl
+	@out/bin/vmctl completion bash >out/completion/vmctl
+	@out/bin/vmctl completion zsh >out/completion/_vmctl
+	@out/bin/vmctl completion fish >out/completion/vmctl.fish
 	@echo 'built out/bin/vmctl'
 
 run:
 	@tests/setup build run
-	@$(MAKE) all
-	@if [ -n "$(ARGS)" ]; then exec out/bin/vmctl run $(ARGS); fi; \
-	 tests/guests/demo out/demo && exec out/bin/vmctl run config/demo.yaml
+	@$(MAKE) -s all
+	@[ -n "$(ARGS)" ] || tests/guests/demo out/demo
+	@file='$(ARGS)'; out/bin/vmctl run $${file:-config/demo.yaml}; status=$$?; [ $$status -le 2 ] || exit $$status
 
 test:
 	@tests/run test
@@ -94,26 +100,34 @@ kmod:
 	@cd kmod && $(MAKE)
 
 demo-fleet:
-	@$(MAKE) all
+	@tests/setup build run
+	@$(MAKE) -s all
 	@tests/guests/demo out/demo
 	@tests/fleet/demo
 
 install:
 	@test -x out/bin/vmctl || { echo 'run "make all" first'; exit 1; }
-	mkdir -p $(bindir) $(mandir)/man5 $(mandir)/man8 $(sharedir) $(exampledir)
+	mkdir -p $(bindir) $(mandir)/man5 $(mandir)/man8 $(sharedir) $(exampledir)/fleet $(bashdir) $(zshdir) $(fishdir)
 	install -m 755 out/bin/vmctl $(bindir)/vmctl
 	install -m 644 src/Vmctl/man/vmctl.8 $(mandir)/man8/vmctl.8
 	install -m 644 src/Vmctl/man/vmm.yaml.5 $(mandir)/man5/vmm.yaml.5
 	install -m 644 config/vmm.schema.json $(sharedir)/vmm.schema.json
 	install -m 644 config/sample.yaml $(exampledir)/sample.yaml
+	install -m 644 config/fleet/shop.yaml $(exampledir)/fleet/shop.yaml
+	install -m 644 out/completion/vmctl $(bashdir)/vmctl
+	install -m 644 out/completion/_vmctl $(zshdir)/_vmctl
+	install -m 644 out/completion/vmctl.fish $(fishdir)/vmctl.fish
 
+# Directories of ours go too; those that others share stay, except below a DESTDIR where nothing else is.
 uninstall:
 	rm -f $(bindir)/vmctl $(mandir)/man8/vmctl.8 $(mandir)/man5/vmm.yaml.5
-	rm -f $(sharedir)/vmm.schema.json $(exampledir)/sample.yaml
-	-rmdir $(sharedir) $(exampledir)
+	rm -f $(sharedir)/vmm.schema.json $(exampledir)/sample.yaml $(exampledir)/fleet/shop.yaml
+	rm -f $(bashdir)/vmctl $(zshdir)/_vmctl $(fishdir)/vmctl.fish
+	-rmdir $(sharedir) $(exampledir)/fleet $(exampledir)
+	@[ -z "$(DESTDIR)" ] || find "$(DESTDIR)" -depth -type d -exec rmdir {} \; 2>/dev/null || :
 
 deb:
-	@$(MAKE) all
+	@$(MAKE) -s all
 	@ports/debian/build out
 
 clean:

@@ -8,11 +8,12 @@ using Vmm.Host;
 
 namespace Vmm.Fleet.Daemon;
 
-// Theory. A VM's process is started through a shell that puts its limits in place and leaves it behind as nobody's child.
+// Theory. A VM's process is started through a shell (launch.sh) that puts its limits in place and leaves it behind as nobody's
+// child.
 //
 // Limits: nice and ulimit by the shell; processor and memory by a cgroup of its own where the launcher may make one (Linux,
-// cgroup v2), by rctl on FreeBSD, by newtask's project on illumos. A limit that cannot be put in place is said in the
-// VM's log and does not keep it from starting, except that the shell's own must work.
+// cgroup v2) and by rctl on FreeBSD. A limit that cannot be put in place is said in the VM's log and does not keep it from
+// starting, except that the shell's own must work.
 //
 // A daemon that has given up root's rights cannot start a process for another user: then its keeper does it (Keeper).
 
@@ -31,31 +32,7 @@ public interface IVmLauncher
 /// <summary>Starts VMs as processes of this user, or of another if this one is root.</summary>
 public sealed class ShellLauncher : IVmLauncher
 {
-    private const string Script = """
-        umask "$1"
-        log=$2 nice=$3 files=$4 cgroup=$5 cpu=$6 memory=$7 name=$8
-        shift 8
-        exec 3>&1 </dev/null
-        if [ -n "$log" ]; then exec >>"$log" 2>&1; else exec >&2; fi
-        [ "$files" = 0 ] || ulimit -n "$files" || exit 1
-        if [ -n "$cgroup" ]; then
-            mkdir -p "$cgroup" && echo $$ >"$cgroup/cgroup.procs" || echo "vmctl: no cgroup for $name: its limits are not enforced"
-            [ "$cpu" = 0 ] || echo "$((cpu * 1000)) 100000" >"$cgroup/cpu.max"
-            [ "$memory" = 0 ] || echo "$memory" >"$cgroup/memory.max"
-        fi
-        (
-            exec 3>&-
-            [ "$nice" = 0 ] && exec "$@"
-            exec nice -n "$nice" "$@"
-        ) &
-        pid=$!
-        if [ "$(uname -s)" = FreeBSD ]; then
-            [ "$cpu" = 0 ] || rctl -a "process:$pid:pcpu:deny=$cpu"
-            [ "$memory" = 0 ] || rctl -a "process:$pid:memoryuse:deny=$memory"
-        fi
-        echo "$pid" >&3
-        """;
-
+    private static readonly string s_script = ReadScript();
     private static readonly TimeSpan s_shellPatience = TimeSpan.FromMinutes(1);
 
     private readonly FleetPaths _paths;
@@ -104,17 +81,10 @@ public sealed class ShellLauncher : IVmLauncher
     /// <exception cref="IOException">The shell failed.</exception>
     internal int Start(MachineSpec spec, string definition, string umask, string log, string[] options)
     {
-        string cgroup = string.Empty;
-        bool wantsGroup = spec.Limits.CpuPercent != 0 || spec.Limits.OverheadBytes != 0;
-        if (wantsGroup && File.Exists("/sys/fs/cgroup/cgroup.controllers"))
-        {
-            cgroup = "/sys/fs/cgroup/vmm/" + spec.Name;
-        }
-
         long memory = spec.Limits.OverheadBytes == 0 ? 0 : spec.MemoryBytes + spec.Limits.OverheadBytes;
         string[] arguments =
         [
-            "-c", Script, "sh", umask, log, Number(spec.Limits.Nice), Number(spec.Limits.OpenFiles), cgroup,
+            "-c", s_script, "sh", umask, log, Number(spec.Limits.Nice), Number(spec.Limits.OpenFiles),
             Number(spec.Limits.CpuPercent), Number(memory), spec.Name,
             _program, "_run", .. options, "--run-dir", _paths.Run, "--state-dir", _paths.State, definition,
         ];
@@ -137,6 +107,14 @@ public sealed class ShellLauncher : IVmLauncher
             && int.TryParse(shell.StandardOutput.ReadLine(), NumberStyles.None, CultureInfo.InvariantCulture, out int pid)
                 ? pid
                 : throw new IOException($"its limits cannot be put in place; see {_paths.Of(spec.Name).ProcessLog}");
+    }
+
+    private static string ReadScript()
+    {
+        using Stream stream = typeof(ShellLauncher).Assembly.GetManifestResourceStream("launch.sh")
+            ?? throw new InvalidOperationException("launch.sh was not built in");
+        using var reader = new StreamReader(stream);
+        return reader.ReadToEnd();
     }
 
     private static string Number(long value) => value.ToString(CultureInfo.InvariantCulture);
