@@ -67,7 +67,7 @@ internal static class CommandLine
             ControlCommands.Screenshot(context),
             ControlCommands.Balloon(context),
             ControlCommands.Media(context),
-            ControlCommands.Snapshot(context),
+            TransferCommands.Snapshot(context),
             ConsoleCommand.Create(context),
             LogCommand.Create(context),
             WaitCommand.Create(context),
@@ -136,6 +136,10 @@ internal static class CommandLine
         {
             // The reader of our output went away (`vmctl list | head -1`): nothing to say, and nobody to say it to.
             return ExitStatus.Failed;
+        }
+        catch (OperationCanceledException)
+        {
+            return ExitStatus.Interrupted;
         }
         catch (Exception failure) when (failure is IOException or UnauthorizedAccessException or HostException)
         {

@@ -18,6 +18,9 @@ internal static class ExitStatus
     internal const int Unavailable = 69;
     internal const int WrongState = 75;
     internal const int Config = 78;
+
+    /// <summary>A signal ended a command that first put things back (see <see cref="Interruption"/>); a shell's 128 + SIGINT.</summary>
+    internal const int Interrupted = 130;
 }
 
 /// <summary>A command ends with a message of one line and a status.</summary>

@@ -58,9 +58,10 @@ internal static class CreateCommand
             Preallocation = preallocate ? DiskPreallocation.Reserve : DiskPreallocation.Off,
         };
         using var progress = new ProgressBar(context, Path.GetFileName(path));
+        using var interruption = new Interruption();
         try
         {
-            DiskImage.Create(path, options, progress);
+            DiskImage.Create(path, options, progress, interruption.Token);
         }
         catch (ImageException wrong)
         {

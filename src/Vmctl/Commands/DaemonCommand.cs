@@ -3,7 +3,6 @@ using System;
 using System.Collections.Generic;
 using System.CommandLine;
 using System.Net;
-using System.Runtime.InteropServices;
 using System.Threading;
 using System.Threading.Tasks;
 using Vmm.Fleet.Daemon;
@@ -90,11 +89,11 @@ internal static class DaemonCommand
         return asked ?? (HostProcess.IsRoot && HostProcess.UserExists(otherwise) ? otherwise : null);
     }
 
-    // The part that stays root.
+    // The part that stays root. SIGTERM and SIGINT end it, SIGHUP reads the definitions again; so with the daemon itself.
     private static async Task<int> KeepAsync(DaemonOptions options, string user, string vmUser, CancellationToken cancellation)
     {
         Action reload = static () => { };
-        using var signals = new Signals(cancellation, () => reload());
+        using var signals = new Interruption(cancellation, () => reload());
         List<string> words =
         [
             "daemon", "--kept", "--user", user, "--config-dir", options.Paths.Definitions, "--run-dir", options.Paths.Run,
@@ -112,7 +111,7 @@ internal static class DaemonCommand
         }
 
         var keeper = new Keeper(new KeeperOptions(options.Paths, options.Program, user, vmUser, words));
-        return await keeper.RunAsync(given => reload = given, signals.Ending).ConfigureAwait(false);
+        return await keeper.RunAsync(given => reload = given, signals.Token).ConfigureAwait(false);
     }
 
     // The part that is not root: its keeper is at the other end of standard input and output.
@@ -148,48 +147,12 @@ internal static class DaemonCommand
     {
         var daemon = new FleetDaemon(options, context.Error);
         onMade?.Invoke(daemon);
-        using var signals = new Signals(cancellation, () => daemon.Load(force: true));
-        if (!await daemon.RunAsync(signals.Ending).ConfigureAwait(false))
+        using var signals = new Interruption(cancellation, () => daemon.Load(force: true));
+        if (!await daemon.RunAsync(signals.Token).ConfigureAwait(false))
         {
             throw new CommandException(ExitStatus.WrongState, $"a daemon already runs for {options.Paths.Run}");
         }
 
         return ExitStatus.Ok;
-    }
-
-    /// <summary>What a daemon's process is told by signals: SIGTERM and SIGINT to end, SIGHUP to read its definitions again.</summary>
-    private sealed class Signals : IDisposable
-    {
-        private readonly CancellationTokenSource _ending;
-        private readonly PosixSignalRegistration[] _registrations;
-
-        internal Signals(CancellationToken cancellation, Action onHangUp)
-        {
-            _ending = CancellationTokenSource.CreateLinkedTokenSource(cancellation);
-            _registrations =
-            [
-                On(PosixSignal.SIGTERM, _ending.Cancel),
-                On(PosixSignal.SIGINT, _ending.Cancel),
-                On(PosixSignal.SIGHUP, onHangUp),
-            ];
-        }
-
-        internal CancellationToken Ending => _ending.Token;
-
-        public void Dispose()
-        {
-            foreach (PosixSignalRegistration registration in _registrations)
-            {
-                registration.Dispose();
-            }
-
-            _ending.Dispose();
-        }
-
-        private static PosixSignalRegistration On(PosixSignal signal, Action act) => PosixSignalRegistration.Create(signal, context =>
-        {
-            context.Cancel = true;
-            act();
-        });
     }
 }

@@ -411,56 +411,6 @@ internal static class ControlCommands
         return command;
     }
 
-    internal static Command Snapshot(CommandContext context)
-    {
-        _ = context;
-        var command = new Command("snapshot", "Save a VM's state to a file and go on; \"vmctl run --restore\" continues from it.");
-        var arguments = new VmArguments(command);
-        var file = new Argument<string>("file") { Description = "File for the state.", Arity = ArgumentArity.ExactlyOne };
-        var stop = new Option<bool>("--stop") { Description = "End the VM when its state is saved." };
-        command.Add(file);
-        command.Add(stop);
-        command.SetAction(async (result, cancellation) =>
-        {
-            using FleetAccess fleet = arguments.Open(result);
-            using ControlClient client = await fleet.ConnectAsync(arguments.One(result), cancellation).ConfigureAwait(false);
-            VmReport before = await client.ReportAsync(cancellation).ConfigureAwait(false);
-
-            // The VM's process reaches its own directories only; the file that was named is the user's to write.
-            string saved = Path.Combine(fleet.Paths.Of(arguments.One(result)).State, "snapshot.state");
-            try
-            {
-                await ExecuteAsync(client, "vmm-save", saved, cancellation).ConfigureAwait(false);
-                File.Move(saved, result.GetRequiredValue(file), overwrite: true);
-            }
-            catch
-            {
-                await GoOnAsync(client, before, cancellation).ConfigureAwait(false);
-                throw;
-            }
-
-            if (result.GetValue(stop))
-            {
-                await ExecuteAsync(client, "quit", null, cancellation).ConfigureAwait(false);
-            }
-            else
-            {
-                await GoOnAsync(client, before, cancellation).ConfigureAwait(false);
-            }
-
-            return ExitStatus.Ok;
-        });
-        return command;
-    }
-
-    private static async Task GoOnAsync(ControlClient client, VmReport before, CancellationToken cancellation)
-    {
-        if (before.Condition == VmCondition.Running)
-        {
-            await ExecuteAsync(client, "cont", null, cancellation).ConfigureAwait(false);
-        }
-    }
-
     private static Command Simple(CommandContext context, string verb, string word, string description)
     {
         _ = context;

@@ -4,7 +4,9 @@ using System.Buffers.Binary;
 using System.CommandLine;
 using System.IO;
 using System.Text;
+using System.Threading;
 using System.Threading.Tasks;
+using Microsoft.Win32.SafeHandles;
 using Vmm.Config;
 using Vmm.Fleet;
 using Vmm.Fleet.Control;
@@ -14,9 +16,11 @@ namespace Vmctl.Commands;
 // Theory. `vmctl send a | ssh host vmctl receive` moves a VM: the stream is a mark, the definition that runs (so that the
 // other side builds the same machine), and the machine's own versioned snapshot. Disks are not in it: they lie on storage
 // that both sides see, and the lease keeps the two from running at the same time. The sender ends its VM only after the
-// whole stream was written; a receiver that finds the stream cut short starts nothing.
+// whole stream was written; a receiver that finds the stream cut short starts nothing. A signal in the middle leaves the VM
+// running where it was. The pipe goes one way, so the sender cannot know that the receiver got going: who must be sure
+// sends to a file, or keeps a copy (`tee`).
 
-/// <summary><c>vmctl send</c> and <c>vmctl receive</c>.</summary>
+/// <summary><c>vmctl send</c>, <c>vmctl receive</c> and <c>vmctl snapshot</c>.</summary>
 internal static class TransferCommands
 {
     private const int MaxDefinitionBytes = 1 << 20;
@@ -37,41 +41,9 @@ internal static class TransferCommands
             }
 
             using FleetAccess fleet = arguments.Open(result);
-            string name = arguments.One(result);
-            VmPaths vm = fleet.Paths.Of(name);
-            using ControlClient client = await fleet.ConnectAsync(name, cancellation).ConfigureAwait(false);
-            string state = Path.Combine(vm.State, "send.state");
-            try
-            {
-                await client.ExecuteAsync("vmm-save", json => json.WriteString("filename", state), cancellation).ConfigureAwait(false);
-                byte[] definition = await File.ReadAllBytesAsync(vm.Definition, cancellation).ConfigureAwait(false);
-                using Stream output = Console.OpenStandardOutput();
-                await output.WriteAsync(Mark.ToArray(), cancellation).ConfigureAwait(false);
-                var length = new byte[12];
-                BinaryPrimitives.WriteInt32LittleEndian(length, definition.Length);
-                BinaryPrimitives.WriteInt64LittleEndian(length.AsSpan(4), new FileInfo(state).Length);
-                await output.WriteAsync(length, cancellation).ConfigureAwait(false);
-                await output.WriteAsync(definition, cancellation).ConfigureAwait(false);
-                using (FileStream file = File.OpenRead(state))
-                {
-                    await file.CopyToAsync(output, cancellation).ConfigureAwait(false);
-                }
-
-                await output.WriteAsync(Finish.ToArray(), cancellation).ConfigureAwait(false);
-                await output.FlushAsync(cancellation).ConfigureAwait(false);
-            }
-            catch (Exception failure) when (failure is IOException or ControlException)
-            {
-                // It stays here: go on.
-                await client.ExecuteAsync("cont", null, cancellation).ConfigureAwait(false);
-                throw new CommandException(ExitStatus.Failed, $"\"{name}\" stays here: {failure.Message.ReplaceLineEndings(" ")}");
-            }
-            finally
-            {
-                File.Delete(state);
-            }
-
-            await client.ExecuteAsync("quit", null, cancellation).ConfigureAwait(false);
+            VmPaths vm = fleet.Paths.Of(arguments.One(result));
+            await WithStateAsync(fleet, arguments.One(result), ends: true, (state, ending) => SendAsync(vm, state, ending), cancellation)
+                .ConfigureAwait(false);
             return ExitStatus.Ok;
         });
         return command;
@@ -103,6 +75,117 @@ internal static class TransferCommands
             }
         });
         return command;
+    }
+
+    internal static Command Snapshot(CommandContext context)
+    {
+        _ = context;
+        var command = new Command("snapshot", "Save a VM's state to a file and go on; \"vmctl run --restore\" continues from it.");
+        var arguments = new VmArguments(command);
+        var file = new Argument<string>("file") { Description = "File for the state.", Arity = ArgumentArity.ExactlyOne };
+        var stop = new Option<bool>("--stop") { Description = "End the VM when its state is saved." };
+        command.Add(file);
+        command.Add(stop);
+        command.SetAction(async (result, cancellation) =>
+        {
+            using FleetAccess fleet = arguments.Open(result);
+            string wanted = result.GetRequiredValue(file);
+            await WithStateAsync(
+                fleet,
+                arguments.One(result),
+                result.GetValue(stop),
+                (state, ending) => MoveAsync(state, wanted, ending),
+                cancellation).ConfigureAwait(false);
+            return ExitStatus.Ok;
+        });
+        return command;
+    }
+
+    /// <summary>
+    /// Holds a VM still, has its state saved, hands the file of the state on, and then ends the VM or lets it go on. When
+    /// anything fails, or a signal comes, the VM goes on as before. The VM's process reaches its own directories only, so
+    /// the file lies there; it is gone afterwards.
+    /// </summary>
+    private static async Task WithStateAsync(
+        FleetAccess fleet, string name, bool ends, Func<string, CancellationToken, Task> use, CancellationToken cancellation)
+    {
+        using var interruption = new Interruption(cancellation);
+        CancellationToken ending = interruption.Token;
+        using ControlClient client = await fleet.ConnectAsync(name, ending).ConfigureAwait(false);
+        VmReport before = await client.ReportAsync(ending).ConfigureAwait(false);
+        string state = Path.Combine(fleet.Paths.Of(name).State, $"transfer-{Environment.ProcessId}.state");
+        bool isDone = false;
+        try
+        {
+            // The answer of this one is waited for in any case: what comes after must find the VM at rest.
+            await client.ExecuteAsync("vmm-save", json => json.WriteString("filename", state), CancellationToken.None).ConfigureAwait(false);
+            ending.ThrowIfCancellationRequested();
+            await use(state, ending).ConfigureAwait(false);
+            isDone = true;
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException or ControlException)
+        {
+            throw new CommandException(ExitStatus.Failed, $"\"{name}\" stays here: {failure.Message.ReplaceLineEndings(" ")}");
+        }
+        finally
+        {
+            File.Delete(state);
+            string? last = isDone && ends ? "quit" : before.Condition == VmCondition.Running ? "cont" : null;
+            if (last is not null)
+            {
+                await client.ExecuteAsync(last, null, CancellationToken.None).ConfigureAwait(false);
+            }
+        }
+    }
+
+    private static async Task SendAsync(VmPaths vm, string state, CancellationToken ending)
+    {
+        byte[] definition = await File.ReadAllBytesAsync(vm.Definition, ending).ConfigureAwait(false);
+        var head = new byte[Mark.Length + 12];
+        Mark.CopyTo(head);
+        BinaryPrimitives.WriteInt32LittleEndian(head.AsSpan(Mark.Length), definition.Length);
+        BinaryPrimitives.WriteInt64LittleEndian(head.AsSpan(Mark.Length + 4), new FileInfo(state).Length);
+
+        // A write to a full pipe waits for its reader and cannot be called off, so it is left behind when a signal comes.
+        await Task.Run(
+            () =>
+            {
+                // The console's own stream swallows EPIPE; here that would lose a VM.
+                using var handle = new SafeFileHandle(1, ownsHandle: false);
+                using var output = new FileStream(handle, FileAccess.Write, bufferSize: 0);
+                output.Write(head);
+                output.Write(definition);
+                using (FileStream file = File.OpenRead(state))
+                {
+                    file.CopyTo(output);
+                }
+
+                output.Write(Finish);
+                output.Flush();
+            },
+            ending).WaitAsync(ending).ConfigureAwait(false);
+    }
+
+    // Whole or not at all, also on another file system.
+    private static async Task MoveAsync(string state, string wanted, CancellationToken ending)
+    {
+        string next = wanted + ".new";
+        try
+        {
+            using (FileStream from = File.OpenRead(state))
+            using (FileStream to = File.Create(next))
+            {
+                await from.CopyToAsync(to, ending).ConfigureAwait(false);
+                to.Flush(flushToDisk: true);
+            }
+
+            File.Move(next, wanted, overwrite: true);
+        }
+        catch
+        {
+            File.Delete(next);
+            throw;
+        }
     }
 
     private static async Task<MachineSpec> ReadAsync(Stream input, string state)

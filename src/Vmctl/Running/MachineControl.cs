@@ -98,12 +98,20 @@ internal sealed class MachineControl : IMachineControl
     {
         _machine.Pause();
         string next = path + ".new";
-        using (FileStream file = File.Create(next))
+        try
         {
-            _machine.Save(file);
-            file.Flush(flushToDisk: true);
-        }
+            using (FileStream file = File.Create(next))
+            {
+                _machine.Save(file);
+                file.Flush(flushToDisk: true);
+            }
 
-        File.Move(next, path, overwrite: true);
+            File.Move(next, path, overwrite: true);
+        }
+        catch
+        {
+            File.Delete(next);
+            throw;
+        }
     }
 }
