@@ -91,8 +91,8 @@ vm_destroy(struct vmk_vm *vm)
 	__atomic_sub_fetch(&nvms, 1, __ATOMIC_SEQ_CST);
 }
 
-void
-vmk_vm_put(struct vmk_vm *vm)
+static void
+vm_put(struct vmk_vm *vm)
 {
 	if (__atomic_sub_fetch(&vm->refs, 1, __ATOMIC_SEQ_CST) == 0)
 		vm_destroy(vm);
@@ -638,7 +638,7 @@ vmk_object_ioctl(struct vmk_object *obj, uint32_t request, uint64_t arg,
 void
 vmk_object_release(struct vmk_object *obj)
 {
-	vmk_vm_put(obj->kind == VMK_OBJ_VM ? to_vm(obj) : to_vcpu(obj)->vm);
+	vm_put(obj->kind == VMK_OBJ_VM ? to_vm(obj) : to_vcpu(obj)->vm);
 }
 
 struct vmk_shared *

@@ -288,8 +288,9 @@ translate(struct vmk_vcpu *vcpu, uint64_t gva, bool write, uint64_t *gpa)
 	}
 }
 
-unsigned int
-vmk_fetch(struct vmk_vcpu *vcpu, uint8_t bytes[VMK_INSN_MAX])
+/* Up to 15 bytes at RIP; how many came. */
+static unsigned int
+fetch(struct vmk_vcpu *vcpu, uint8_t bytes[VMK_INSN_MAX])
 {
 	unsigned int flags = VMK_WALK_FETCH | VMK_WALK_PROBE, got = 0, n;
 	uint64_t gva = vcpu->rip, gpa;
@@ -349,7 +350,7 @@ fetch_decode(struct vmk_vcpu *vcpu, struct vmk_insn *in, enum vmk_next *next)
 	vcpu->em.nfetched = 0;
 	if (n == 0 || n > VMK_INSN_MAX ||
 	    vmk_decode(vcpu->em.fetched, n, bits, in) != 0) {
-		n = vmk_fetch(vcpu, bytes);
+		n = fetch(vcpu, bytes);
 		if (vmk_decode(bytes, n, bits, in) != 0) {
 			*next = vmk_exit_emulation(vcpu, bytes, n);
 			return (false);
@@ -622,7 +623,7 @@ emul_lost(struct vmk_vcpu *vcpu)
 	unsigned int n;
 
 	vcpu->em.pending = VMK_PEND_NONE;
-	n = vmk_fetch(vcpu, bytes);
+	n = fetch(vcpu, bytes);
 	return (vmk_exit_emulation(vcpu, bytes, n));
 }
 

@@ -146,8 +146,8 @@ vmk_set_cr4(struct vmk_vcpu *vcpu, uint64_t v)
 	return (0);
 }
 
-int
-vmk_set_efer(struct vmk_vcpu *vcpu, uint64_t v)
+static int
+set_efer(struct vmk_vcpu *vcpu, uint64_t v)
 {
 	uint64_t old = vmk_arch->get_creg(vcpu, VMK_EFER);
 	uint64_t cr0 = vmk_arch->get_creg(vcpu, VMK_CR0);
@@ -405,7 +405,7 @@ vmk_msr_set(struct vmk_vcpu *vcpu, uint32_t msr, uint64_t v, bool host)
 		vcpu->apic_base = v;
 		return (0);
 	case MSR_EFER:
-		return (vmk_set_efer(vcpu, v));
+		return (set_efer(vcpu, v));
 	case MSR_FS_BASE: case MSR_GS_BASE:
 		if (!vmk_canonical(v))
 			return (VMK_EINVAL);

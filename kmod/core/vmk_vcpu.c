@@ -19,8 +19,8 @@
 #include "vmk_arch.h"
 #include "vmk_irqchip.h"
 
-struct vmk_vcpu *
-vmk_vcpu_by_id(struct vmk_vm *vm, uint32_t id)
+static struct vmk_vcpu *
+vcpu_by_id(struct vmk_vm *vm, uint32_t id)
 {
 	struct vmk_vcpu *vcpu;
 	uint32_t i;
@@ -174,7 +174,7 @@ vmk_vcpu_create(struct vmk_vm *vm, uint32_t id, int *fd)
 
 	if (id >= VMK_MAX_VCPUS)			/* CVE-2013-4587 */
 		return (VMK_EINVAL);
-	if (vmk_vcpu_by_id(vm, id) != NULL)
+	if (vcpu_by_id(vm, id) != NULL)
 		return (VMK_EEXIST);
 	if (vm->nvcpus == VMK_MAX_VCPUS)
 		return (VMK_EINVAL);

@@ -338,7 +338,6 @@ struct vmk_vm {
 /* ---- vmk_dev.c --------------------------------------------------------- */
 
 void	vmk_vm_get(struct vmk_vm *);
-void	vmk_vm_put(struct vmk_vm *);
 
 /* ---- vmk_vcpu.c: any context, any thread ------------------------------- */
 
@@ -349,8 +348,6 @@ vmk_vcpu_at(struct vmk_vm *vm, uint32_t index)
 		return (NULL);
 	return (vm->vcpu[index]);
 }
-
-struct vmk_vcpu *vmk_vcpu_by_id(struct vmk_vm *, uint32_t id);
 
 /* Set request bits, then make the vCPU look at them: kick it or wake it. */
 void	vmk_vcpu_notify(struct vmk_vcpu *, uint32_t requests);
@@ -426,8 +423,6 @@ int	vmk_walk(struct vmk_vcpu *, uint64_t gva, unsigned int flags,
 /* Arithmetic with flags; pure. */
 uint64_t vmk_alu(unsigned int op, uint64_t a, uint64_t b, unsigned int size,
 	    uint64_t *flags);
-/* Fetch up to 15 bytes at RIP; returns how many came. */
-unsigned int vmk_fetch(struct vmk_vcpu *, uint8_t bytes[VMK_INSN_MAX]);
 /* Move RIP past the instruction there, whose length nobody told us. */
 enum vmk_next vmk_skip(struct vmk_vcpu *);
 void	vmk_advance(struct vmk_vcpu *, uint64_t next_rip);
@@ -470,7 +465,6 @@ const uint32_t *vmk_msr_list(unsigned int *n);
 /* Control-register rules shared by MOV to CR, SET_SREGS and WRMSR. */
 int	vmk_set_cr0(struct vmk_vcpu *, uint64_t);
 int	vmk_set_cr4(struct vmk_vcpu *, uint64_t);
-int	vmk_set_efer(struct vmk_vcpu *, uint64_t);
 int	vmk_set_xcr0(struct vmk_vcpu *, uint32_t index, uint64_t);
 
 #endif /* !VMK_VM_H */
