@@ -203,7 +203,8 @@ internal static class CompletionCommand
                 string? letter = option.Aliases.FirstOrDefault(alias => alias.Length == 2);
                 text.Append($"complete -c vmctl -n '__fish_seen_subcommand_from {string.Join(' ', NamesOf(verb))}' -l {option.Name[2..]}");
                 text.Append(letter is null ? string.Empty : $" -s {letter[1]}");
-                text.Append(Words(option) is { } words ? $" -x -a '{words}'" : option.Arity.MaximumNumberOfValues > 0 && !IsFlag(option) ? " -r" : string.Empty);
+                string takes = option.Arity.MaximumNumberOfValues > 0 && !IsFlag(option) ? " -r" : string.Empty;
+                text.Append(Words(option) is { } words ? $" -x -a '{words}'" : takes);
                 text.Append($" -d '{FishText(option.Description)}'\n");
             }
         }
