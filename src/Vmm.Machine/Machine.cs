@@ -266,6 +266,9 @@ public sealed class Machine : IVcpuOwner, IDisposable
         }
     }
 
+    /// <summary>What the driver has counted; empty when it counts nothing. Any thread, until the machine is disposed.</summary>
+    public IReadOnlyList<VmStatistic> ReadStatistics() => (_parts.Vm as IVmStatistics)?.ReadStatistics() ?? [];
+
     /// <summary>Reads what the driver logged into the page flags (display, snapshots).</summary>
     public void CollectDirty() => _parts.Slots.CollectDirty();
 

@@ -22,6 +22,12 @@ public sealed record RunOptions
     /// <summary>Says which driver was taken and why, in one line.</summary>
     public bool ReportDriver { get; init; } = true;
 
+    /// <summary>Logs what the driver has counted when the machine has stopped, one line each.</summary>
+    public bool ReportStatistics { get; init; }
+
+    /// <summary>File that names the blocks of translated code for Linux perf; null for none.</summary>
+    public string? PerfMap { get; init; }
+
     /// <summary>Handed the machine before it starts; what it returns is disposed after it has stopped.</summary>
     public Func<Machine, IDisposable?>? OnBuilt { get; init; }
 }
@@ -54,9 +60,11 @@ public static class MachineRunner
         try
         {
             AccelChoice choice = AccelChooser.Choose(spec.Accel);
+            using TextWriter? perfMap = OpenPerfMap(options.PerfMap);
             if (choice.Hypervisor is SoftHypervisor soft)
             {
                 soft.Translate = spec.Soft.Translate;
+                soft.PerfMap = perfMap;
             }
 
             if (options.ReportDriver)
@@ -72,6 +80,11 @@ public static class MachineRunner
 
             using IDisposable? companion = options.OnBuilt?.Invoke(machine);
             MachineResult result = machine.Run();
+            foreach (VmStatistic one in options.ReportStatistics ? machine.ReadStatistics() : [])
+            {
+                log.WriteLine($"vmctl: {spec.Name}: {one.Name} {one.Value}");
+            }
+
             if (result.Message is not null)
             {
                 log.WriteLine($"vmctl: {spec.Name}: {result.Message}");
@@ -99,5 +112,14 @@ public static class MachineRunner
             log.WriteLine($"vmctl: {spec.Name}: {e.Message}");
             return StatusError;
         }
+        catch (IOException e)
+        {
+            log.WriteLine($"vmctl: {spec.Name}: {e.Message}");
+            return StatusError;
+        }
     }
+
+    // The name is known in advance and the directory everybody's: only a file that was not there is written.
+    private static StreamWriter? OpenPerfMap(string? path) =>
+        path is null ? null : new StreamWriter(new FileStream(path, FileMode.CreateNew, FileAccess.Write)) { AutoFlush = true };
 }

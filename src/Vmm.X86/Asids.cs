@@ -32,6 +32,7 @@ internal static unsafe class Asids
         if (cpu->SpaceAsid != asid)
         {
             cpu->SpaceAsid = asid;
+            cpu->SpaceSwitches++;
             ForgetPrivate(cpu);
         }
 

@@ -471,6 +471,26 @@ internal unsafe struct CpuContext
     [FieldOffset(0x7F0)]
     public int CountsBlocks;
 
+    /// <summary>Accesses of generated code that did not find their page in their site; for statistics.</summary>
+    [FieldOffset(Offsets.SiteMisses)]
+    public ulong SiteMisses;
+
+    /// <summary>Calls of handlers from generated code, by Iced code (Statistics.Codes entries); for statistics.</summary>
+    [FieldOffset(0x7C8)]
+    public long* HandlerCalls;
+
+    /// <summary>Times that every translation was dropped; for statistics.</summary>
+    [FieldOffset(0x7B0)]
+    public long FlushesOfAll;
+
+    /// <summary>Times that the translations of a page were dropped; for statistics.</summary>
+    [FieldOffset(0x7B8)]
+    public long FlushesOfPages;
+
+    /// <summary>Changes to other translations by a load of CR3; for statistics.</summary>
+    [FieldOffset(0x7C0)]
+    public long SpaceSwitches;
+
     /// <summary>Current privilege level, 0 to 3.</summary>
     [FieldOffset(Offsets.Cpl)]
     public int Cpl;

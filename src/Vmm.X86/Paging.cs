@@ -148,6 +148,7 @@ internal static unsafe class Paging
     /// <summary>Drops every translation of this vCPU (all address spaces, global pages included).</summary>
     public static void FlushAll(CpuContext* cpu)
     {
+        cpu->FlushesOfAll++;
         Asids.Reset(cpu);
         Sites.Drop(cpu);
         Sites.FindMainMemory(cpu);
@@ -167,6 +168,7 @@ internal static unsafe class Paging
             return;
         }
 
+        cpu->FlushesOfPages++;
         Sites.DropPage(cpu, linear);
         ulong slot = (linear >> 12) & (TlbEntry.Count - 1);
         for (int table = 0; table < TlbEntry.Tables - 1; table++)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System.Collections.Generic;
+using System.IO;
 using Vmm.Core;
 
 namespace Vmm.X86;
@@ -59,6 +60,12 @@ public sealed class SoftHypervisor : IHypervisor
     /// </summary>
     public bool CountInstructions { get; set; }
 
+    /// <summary>
+    /// Gets a line for each translated block of VMs made from now on, in the form of Linux perf's /tmp/perf-PID.map. The
+    /// caller disposes it after the VMs; vCPU threads write to it under its lock.
+    /// </summary>
+    public TextWriter? PerfMap { get; set; }
+
     /// <summary>Frequency of the guest's TSC: one tick a nanosecond.</summary>
     public const long TscKhz = 1_000_000;
 
@@ -87,7 +94,12 @@ public sealed class SoftHypervisor : IHypervisor
     public IVm CreateVm(VmOptions options)
     {
         System.ArgumentNullException.ThrowIfNull(options);
-        return new SoftVm(options, TscKhz, _thunks) { Translate = Translate, CountInstructions = CountInstructions };
+        return new SoftVm(options, TscKhz, _thunks) 
+        {
+            Translate = Translate,
+            CountInstructions = CountInstructions,
+            PerfMap = PerfMap,
+        };
     }
 
     /// <inheritdoc/>

@@ -36,6 +36,7 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         _cpu->Blocks.FarSites = (byte**)Allocate<nint>(BlockCache.MaxFarSites, 64);
         _cpu->Blocks.FarPages = Allocate<ulong>(BlockCache.MaxFarSites, 64);
         _cpu->Blocks.BranchPages = Allocate<ulong>(BlockCache.BranchPageWords, 64);
+        _cpu->HandlerCalls = Allocate<long>(Statistics.Codes, 64);
         _cpu->PcidAsids = Allocate<ushort>(Asids.Pcids, 64);
         _cpu->Blocks.Jumps = Allocate<JumpEntry>(BlockCache.Rows * BlockCache.RowEntries, 64);
         _cpu->Blocks.Hash = (Block**)Allocate<nint>(BlockCache.Buckets, 64);
@@ -116,6 +117,7 @@ public sealed unsafe partial class SoftVcpu : IVcpu
 
         // SAFETY: all of these come from Allocate or AlignedAlloc in the constructor; SoftVm disposes a vCPU once,
         // when no thread is in Run.
+        NativeMemory.AlignedFree(_cpu->HandlerCalls);
         NativeMemory.AlignedFree(_cpu->PcidAsids);
         NativeMemory.AlignedFree(_cpu->Blocks.Jumps);
         NativeMemory.AlignedFree(_cpu->Blocks.Hash);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
 using System.Collections.Generic;
+using System.IO;
 using System.Runtime.InteropServices;
 using System.Threading;
 using Vmm.Core;
@@ -8,7 +9,7 @@ using Vmm.Core;
 namespace Vmm.X86;
 
 /// <summary>A machine of the software processor. See <see cref="IVm"/>.</summary>
-public sealed unsafe class SoftVm : IVm
+public sealed unsafe class SoftVm : IVm, IVmStatistics
 {
     private readonly Lock _gate = new();
     private readonly SortedDictionary<int, MemorySlot> _slots = [];
@@ -55,6 +56,9 @@ public sealed unsafe class SoftVm : IVm
 
     /// <summary>vCPUs made from now on translate hot code.</summary>
     internal bool Translate { get; init; }
+
+    /// <summary>Gets a line for each translated block.</summary>
+    internal TextWriter? PerfMap { get; init; }
 
     /// <summary>Translated code counts instructions.</summary>
     internal bool CountInstructions { get; init; }
@@ -110,6 +114,15 @@ public sealed unsafe class SoftVm : IVm
         // SAFETY: every vCPU has flushed what it had from the old table, so nothing points into it or into the flags.
         NativeMemory.Free(old);
         NativeMemory.Free((void*)oldFlags);
+    }
+
+    /// <inheritdoc/>
+    public IReadOnlyList<VmStatistic> ReadStatistics()
+    {
+        lock (_gate)
+        {
+            return Statistics.Read(_vcpus);
+        }
     }
 
     /// <inheritdoc/>

@@ -124,7 +124,13 @@ internal sealed unsafe class TestVm : IDisposable
     /// <param name="vcpus">How many.</param>
     /// <param name="translateAfter">Executions of a block before it is translated; 0 for never.</param>
     /// <param name="countInstructions">Translated code counts what it executes.</param>
-    public TestVm(ulong bytes = 4 << 20, int vcpus = 1, int translateAfter = 1, bool countInstructions = false)
+    /// <param name="perfMap">Gets a line for each translated block.</param>
+    public TestVm(
+        ulong bytes = 4 << 20,
+        int vcpus = 1,
+        int translateAfter = 1,
+        bool countInstructions = false,
+        TextWriter? perfMap = null)
     {
         _block = (byte*)NativeMemory.AlignedAlloc((nuint)bytes + (2 * MarginBytes), 4096);
         new Span<byte>(_block, (int)bytes + (2 * MarginBytes)).Fill(Poison);
@@ -136,6 +142,7 @@ internal sealed unsafe class TestVm : IDisposable
         {
             Translate = translateAfter != 0,
             CountInstructions = countInstructions,
+            PerfMap = perfMap,
         };
         Vm = (SoftVm)hypervisor.CreateVm(new VmOptions { Ports = Ports, Mmio = Mmio, Clock = Clock });
         Vm.SetMemorySlot(0, new MemorySlot(0, bytes, (nint)_memory, false, false, (nint)_flags));

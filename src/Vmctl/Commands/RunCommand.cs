@@ -34,6 +34,14 @@ internal static class RunCommand
             HelpName = "file",
         };
         var quiet = new Option<bool>("--quiet", "-q") { Description = "Do not say which driver was taken." };
+        var stats = new Option<bool>("--stats")
+        {
+            Description = "At the end, say what the driver has counted (the software processor's blocks, flushes and so on).",
+        };
+        var perfMap = new Option<bool>("--perf-map")
+        {
+            Description = "Name translated code in /tmp/perf-PID.map, for Linux perf.",
+        };
         var paths = new PathOptions();
         var command = new Command("run", "Run a VM in the foreground, its console on this terminal (\"~.\" ends it).")
         {
@@ -42,6 +50,8 @@ internal static class RunCommand
             noControl,
             restore,
             quiet,
+            stats,
+            perfMap,
         };
         paths.AddTo(command, withDefinitions: false);
         command.SetAction(result =>
@@ -58,18 +68,38 @@ internal static class RunCommand
                 throw new ConfigException(errors);
             }
 
-            return Run(context, spec, paths.Resolve(result), !result.GetValue(noControl), !result.GetValue(quiet), result.GetValue(restore));
+            return Run(
+                context,
+                spec,
+                paths.Resolve(result),
+                !result.GetValue(noControl),
+                !result.GetValue(quiet),
+                result.GetValue(restore),
+                result.GetValue(stats),
+                result.GetValue(perfMap));
         });
         return command;
     }
 
     internal static int Run(
-        CommandContext context, MachineSpec spec, FleetPaths paths, bool withControl, bool reportDriver, string? restore)
+        CommandContext context,
+        MachineSpec spec,
+        FleetPaths paths,
+        bool withControl,
+        bool reportDriver,
+        string? restore,
+        bool reportStatistics = false,
+        bool withPerfMap = false)
     {
         VmSession? session = null;
         using var terminal = new TerminalConsole(() => session?.Quit());
         using var log = new LastLineWriter(new RawAwareWriter(context.Error, () => terminal.IsRaw));
-        session = new VmSession(spec, paths.Of(spec.Name), log, withControl) { RestoreFrom = restore };
+        session = new VmSession(spec, paths.Of(spec.Name), log, withControl)
+        {
+            RestoreFrom = restore,
+            ReportStatistics = reportStatistics,
+            PerfMap = withPerfMap ? $"/tmp/perf-{Environment.ProcessId}.map" : null,
+        };
         int status = session.Run(terminal, reportDriver);
         if (terminal.IsTerminal)
         {

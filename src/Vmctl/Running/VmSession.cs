@@ -46,6 +46,12 @@ internal sealed class VmSession
     /// <summary>File of a saved state to go on from; null to start anew.</summary>
     internal string? RestoreFrom { get; init; }
 
+    /// <summary>Log what the driver has counted at the end.</summary>
+    internal bool ReportStatistics { get; init; }
+
+    /// <summary>File that names translated blocks for Linux perf; null for none.</summary>
+    internal string? PerfMap { get; init; }
+
     /// <summary>Ends the VM, now or as soon as there is one. Any thread.</summary>
     internal void Quit()
     {
@@ -132,6 +138,8 @@ internal sealed class VmSession
         {
             Stdio = stdio,
             ReportDriver = reportDriver,
+            ReportStatistics = ReportStatistics,
+            PerfMap = PerfMap,
             LogFile = _withControl ? _paths.PortLog : null,
             OnBuilt = machine => Surround(machine, console, leases),
         };

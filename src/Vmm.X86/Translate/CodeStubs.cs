@@ -163,6 +163,7 @@ internal sealed unsafe class CodeStubs
         e.Push(Host.Rbx);
         e.Push(Host.Rsi);
         e.Push(Host.Rdi);
+        e.AluImmediate8(AluOp.Add, HostMemory.Context(Offsets.SiteMisses), 1, wide: true);
         EmitThrashCheck(ref e);
         e.Load(Host.Rdx, HostMemory.Context(Host.Rax, table + Sites.TlbAddend));
         e.Move(Host.Rbx, Host.T0);
@@ -533,6 +534,7 @@ internal static class Offsets
     public const int X87Loaded = 0x3EC;
     public const int X87Ready = 0x3F0;
     public const int SiteCounts = 0x7E0;
+    public const int SiteMisses = 0x7D0;
     public const int InstructionCount = 0xF0;
     public const int SiteFlagsLow = 0x3F8;
     public const int SiteFlagsLength = 0x7F8;

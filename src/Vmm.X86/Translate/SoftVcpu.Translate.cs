@@ -21,6 +21,9 @@ public sealed unsafe partial class SoftVcpu
     /// <summary>Executions by the interpreter before a block is translated; 1 translates at once.</summary>
     internal int TranslateAfter { get; set; } = 6;
 
+    /// <summary>Times that generated code was entered; for statistics.</summary>
+    internal long Dispatches { get; private set; }
+
     /// <summary>Null when everything is interpreted.</summary>
     internal Translator? Translator => _translator;
 
@@ -35,7 +38,7 @@ public sealed unsafe partial class SoftVcpu
         if (_code is not null)
         {
             _traits = new TraitsTable(this);
-            _translator = new Translator(_code, _traits);
+            _translator = new Translator(_code, _traits) { PerfMap = Vm.PerfMap };
             _cpu->CountsBlocks = Vm.CountInstructions ? 1 : 0;
             _cpu->Helper = (nint)(delegate* unmanaged<CpuContext*, ulong, ulong, ulong>)&ExecuteRecord;
         }
@@ -92,6 +95,7 @@ public sealed unsafe partial class SoftVcpu
         Prepare(cpu);
         ulong flags = Flags.GetArithmetic(cpu);
         cpu->FlagImage = ((flags & 0xD5) << 8) | (flags >> 11);
+        Dispatches++;
         ulong code = _code!.Stubs.Enter(cpu, block->EntryFlagImage);
         _exit = -1;
         if (code == ExitCode.Status)
@@ -295,6 +299,8 @@ public sealed unsafe partial class SoftVcpu
                 block->TlbInsns |= 1U << (int)(insn - block->First);
                 From(cpu)._code!.Retire(cpu, block);
             }
+
+            cpu->HandlerCalls[insn->Code]++;
 
             // The handler, and a device behind it, sees the count of what was executed before.
             ulong rest = Uncounted(cpu, block, insn);

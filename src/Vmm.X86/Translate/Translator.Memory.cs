@@ -170,6 +170,7 @@ internal sealed unsafe partial class Translator
             return;
         }
 
+        SitePlaces++;
         int kind = Sites.Class(mode, write, size);
         bool isStack = form.Base == Host.GuestRsp && form.Index < 0;
         int site = Sites.Offset(kind, isStack ? 0 : ++_nextSite[kind]);
@@ -198,6 +199,7 @@ internal sealed unsafe partial class Translator
     // The check by the TLB; leaves the addend in T1 and destroys T0.
     private void ProbeTlb(in HostMemory form, int size, bool write, int alignment)
     {
+        TlbPlaces++;
         int table = CpuContext.TlbOffset + ((int)DataMode * TlbEntry.Count * TlbEntry.SizeBytes);
         _e.Lea(Host.T1, form);
         if (alignment > 1)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using System.IO;
 using Iced.Intel;
 
 namespace Vmm.X86;
@@ -77,6 +78,18 @@ internal sealed unsafe partial class Translator
     /// <summary>Guest instructions translated.</summary>
     public long Instructions { get; private set; }
 
+    /// <summary>Bytes of host code made of them.</summary>
+    public long HostBytes { get; private set; }
+
+    /// <summary>Memory operands that are checked against a site.</summary>
+    public long SitePlaces { get; private set; }
+
+    /// <summary>Memory operands that are looked up in the TLB.</summary>
+    public long TlbPlaces { get; private set; }
+
+    /// <summary>Gets a line for each block (Linux perf's map of generated code); null for none.</summary>
+    public TextWriter? PerfMap { get; init; }
+
     /// <summary>Of those, how many go to the interpreter's handlers.</summary>
     public long HandlerSites { get; private set; }
 
@@ -111,10 +124,26 @@ internal sealed unsafe partial class Translator
         byte* end = _e.At;
         _e = new Emitter(_cache.NextCold);
         Cold();
+        HostBytes += end - start + (_e.At - _cache.NextCold);
+        WritePerfMap(start, end);
         _cache.Publish(cpu, block, end, _e.At);
         Blocks++;
         Instructions += _count;
         return true;
+    }
+
+    // tools/perf/Documentation/jit-interface.txt: start and size in hexadecimal, then a name. Hot code only.
+    private void WritePerfMap(byte* start, byte* end)
+    {
+        if (PerfMap is { } map)
+        {
+            lock (map)
+            {
+                string mode = (_block->Key & BlockKey.User) != 0 ? "user" : "kernel";
+                ulong address = (ulong)(start + _cache.ExecuteDelta);
+                map.WriteLine($"{address:x} {end - start:x} guest-{mode}-{_block->Physical:x}");
+            }
+        }
     }
 
     // Decodes a block's bytes again: records do not keep Iced's instructions.
