@@ -565,7 +565,7 @@ public sealed class VirtioDevice : IDisposable
     {
         string prefix = $"q{index}.";
         VirtioQueueSetup setup = _queues[index];
-        setup.Size = (ushort)reader.ReadBounded(prefix + "size", setup.MaxSize);
+        setup.Size = reader.ReadUInt16(prefix + "size"); // whatever the driver wrote; a queue that runs is checked below
         setup.Descriptors = reader.ReadUInt64(prefix + "desc");
         setup.Driver = reader.ReadUInt64(prefix + "driver");
         setup.Device = reader.ReadUInt64(prefix + "device");
@@ -576,9 +576,9 @@ public sealed class VirtioDevice : IDisposable
             return null;
         }
 
-        if (setup.Size == 0)
+        if (!IsValid(setup))
         {
-            throw new StateException($"{reader.Section}.{prefix}size: a running queue has a size");
+            throw new StateException($"{reader.Section}.{prefix}size: no queue runs with this size and place");
         }
 
         Virtqueue ring = CreateRing(index, setup);
