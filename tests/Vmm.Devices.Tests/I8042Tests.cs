@@ -174,6 +174,24 @@ public sealed class I8042Tests
     }
 
     [Fact]
+    public void Answers_OfCommandsSentWithoutReading_KeepTheirOrder()
+    {
+        _chip.Keyboard.Send(HidKey.A, true);
+        _chip.Keyboard.Send(HidKey.B, true);
+        Data(0xF2);
+        Data(0xEE);
+        Drain().Should().Equal(0x1E, 0xFA, 0xAB, 0x41, 0xEE, 0x30);
+        for (int i = 0; i < 10_000; i++)
+        {
+            Data(0xEE);
+        }
+
+        Drain().Length.Should().BeInRange(100, 300);
+        Data(0xEE);
+        Drain().Should().Equal(0xEE);
+    }
+
+    [Fact]
     public void Typematic_RepeatsAfterDelayAtRate()
     {
         Data(0xF3);

@@ -24,6 +24,9 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
     private readonly bool[] _pressed = new bool[256];
     private readonly byte[] _types = new byte[ScanCodeSet3.Codes];
     private byte _pendingCommand;
+
+    // How many bytes at the front of the queue answer commands.
+    private int _answers;
     private byte _typematic;
     private byte _lastSent;
     private HidKey _repeating;
@@ -101,7 +104,7 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
 
     internal void PowerOn()
     {
-        _queue.Clear();
+        Empty();
         Array.Clear(_pressed);
         Defaults();
         _leds = KeyboardLeds.None;
@@ -129,6 +132,8 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
         {
             return false;
         }
+
+        _answers = Math.Max(0, _answers - 1);
 
         if (value != Resend)
         {
@@ -165,7 +170,7 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
                 Reply(Acknowledge, 0xAB, 0x83);
                 break;
             case 0xF4:
-                _queue.Clear();
+                Empty();
                 _scanning = true;
                 Reply(Acknowledge);
                 break;
@@ -180,13 +185,13 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
                 break;
             case >= 0xF7 and <= 0xFA:
                 // Accepted in every set, of consequence in set 3 alone.
-                _queue.Clear();
+                Empty();
                 Array.Fill(_types, (byte)TypeOf(value - 0xF7));
                 Reply(Acknowledge);
                 break;
             case >= 0xFB and <= 0xFD:
                 // Codes of keys follow until something else does.
-                _queue.Clear();
+                Empty();
                 _pendingCommand = value;
                 Reply(Acknowledge);
                 break;
@@ -194,7 +199,7 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
                 Reply(_lastSent);
                 break;
             case 0xFF:
-                _queue.Clear();
+                Empty();
                 Defaults();
                 _leds = KeyboardLeds.None;
                 _scanning = true;
@@ -224,6 +229,7 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
         writer.Write("kbd.scanning", _scanning);
         writer.Write("kbd.leds", (ulong)_leds);
         writer.WriteBytes("kbd.types", _types);
+        writer.Write("kbd.answers", (ulong)_answers);
     }
 
     // Version 1 knew neither set 3 nor the types of its keys.
@@ -235,7 +241,7 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
             throw new StateException($"{reader.Section}.kbd.queue: {queue.Length} bytes");
         }
 
-        _queue.Clear();
+        Empty();
         foreach (byte value in queue)
         {
             _queue.Enqueue(value);
@@ -262,6 +268,7 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
         }
 
         reader.ReadBytes("kbd.types", _types);
+        _answers = (int)reader.ReadBounded("kbd.answers", (uint)_queue.Count);
         foreach (ref byte type in _types.AsSpan())
         {
             type &= 3;
@@ -302,7 +309,7 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
                 Reply(Acknowledge, (byte)_set);
                 break;
             case 0xF0 when value is >= 1 and <= 3:
-                _queue.Clear();
+                Empty();
                 _set = value;
                 Reply(Acknowledge);
                 break;
@@ -332,21 +339,37 @@ public sealed class Ps2Keyboard : IKeyboardSink, IDisposable
 
     private void Reply(params ReadOnlySpan<byte> bytes)
     {
-        // Answers go before keys that wait.
-        byte[] waiting = _queue.ToArray();
-        _queue.Clear();
-        foreach (byte value in bytes)
+        // Answers go before keys that wait, and behind answers that do. A guest that never reads gets no more of them.
+        if (_answers + bytes.Length > QueueBytes / 2)
         {
-            _queue.Enqueue(value);
+            Interlocked.Increment(ref _dropped);
+            return;
         }
 
-        foreach (byte value in waiting)
+        byte[] waiting = _queue.ToArray();
+        int before = _answers;
+        Empty();
+        Enqueue(waiting.AsSpan(0, before));
+        Enqueue(bytes);
+        Enqueue(waiting.AsSpan(before));
+        _answers = before + bytes.Length;
+    }
+
+    private void Enqueue(ReadOnlySpan<byte> bytes)
+    {
+        foreach (byte value in bytes)
         {
             if (_queue.Count < QueueBytes)
             {
                 _queue.Enqueue(value);
             }
         }
+    }
+
+    private void Empty()
+    {
+        _queue.Clear();
+        _answers = 0;
     }
 
     private void Emit(HidKey key, bool pressed)
