@@ -54,8 +54,8 @@ public sealed class KernelDecoderTests
         decoder.Decode(out Instruction instruction);
         (long length, long op, long alu, long size, long @base, long index, long scale, long displacement) =
             (number[0], number[1], number[2], number[3], number[4], number[5], number[6], number[7]);
-        // Of instructions without an operand of its own the kernel knows the length alone, and asks for it only after the
-        // processor has taken one for valid.
+        // Of instructions without an operand of its own the kernel knows the length alone, and asks for it only after
+        // the processor has taken one for valid.
         return op == 0 && instruction.IsInvalid ? null
             : instruction.Length != length ? $"Iced's length is {instruction.Length}"
             : !Names(op, alu, instruction.Mnemonic) ? $"Iced sees {instruction}"
@@ -63,7 +63,8 @@ public sealed class KernelDecoderTests
             : instruction.MemorySize.GetSize() != size ? $"Iced's operand has {instruction.MemorySize.GetSize()} bytes"
             : Number(instruction.MemoryBase) != @base ? $"Iced's base is {instruction.MemoryBase}"
             : Number(instruction.MemoryIndex) != index ? $"Iced's index is {instruction.MemoryIndex}"
-            : index != NoRegister && instruction.MemoryIndexScale != 1 << (int)scale ? $"Iced scales by {instruction.MemoryIndexScale}"
+            : index != NoRegister && instruction.MemoryIndexScale != 1 << (int)scale
+                ? $"Iced scales by {instruction.MemoryIndexScale}"
             : Wrap(Displacement(instruction), instruction) != Wrap(displacement, instruction)
                 ? $"Iced's displacement is {Displacement(instruction):x}"
             : null;
