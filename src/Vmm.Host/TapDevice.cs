@@ -10,7 +10,7 @@ namespace Vmm.Host;
 /// <summary>
 /// An Ethernet interface of the host whose other end is a descriptor. Linux: /dev/net/tun, with a header that carries
 /// checksums and segmentation left to do; an interface that was made for the user (`ip tuntap add ... user NAME`) needs
-/// no rights. FreeBSD: /dev/tapN, plain frames. illumos has VNICs instead, which this does not open.
+/// no rights. FreeBSD: /dev/tapN, plain frames. illumos: a VNIC (see <c>DlpiLink</c>), plain frames.
 /// </summary>
 public sealed class TapDevice : IDisposable
 {
@@ -54,6 +54,7 @@ public sealed class TapDevice : IDisposable
         {
             HostSystem.Linux => OpenLinux(name),
             HostSystem.FreeBsd => new TapDevice(OpenFile("/dev/" + name, "tap " + name), hasHeader: false),
+            HostSystem.Illumos => new TapDevice(DlpiLink.Open(name), hasHeader: false),
             _ => throw new HostException($"tap {name}: this system has no tap interfaces; use the user network"),
         };
     }

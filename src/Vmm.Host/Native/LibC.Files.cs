@@ -68,6 +68,13 @@ internal static unsafe partial class LibC
     [LibraryImport("libc.so.7", SetLastError = true)]
     internal static partial int fspacectl(int fd, int command, SpaceRange* range, int flags, SpaceRange* rest);
 
+    // illumos only, likewise: STREAMS.
+    [LibraryImport("libc.so.1", SetLastError = true)]
+    internal static partial int putmsg(int fd, StreamBuffer* control, StreamBuffer* data, int flags);
+
+    [LibraryImport("libc.so.1", SetLastError = true)]
+    internal static partial int getmsg(int fd, StreamBuffer* control, StreamBuffer* data, int* flags);
+
     [LibraryImport("libc", SetLastError = true)]
     internal static partial int flock(int fd, int operation);
 
@@ -119,5 +126,24 @@ internal static unsafe partial class LibC
         internal int SystemOrPid;
         internal int Pid;
         internal fixed long Padding[4];
+    }
+
+    /// <summary>illumos' struct strbuf.</summary>
+    [StructLayout(LayoutKind.Sequential)]
+    internal struct StreamBuffer
+    {
+        internal int MaxLength;
+        internal int Length;
+        internal byte* Address;
+    }
+
+    /// <summary>illumos' struct strioctl.</summary>
+    [StructLayout(LayoutKind.Sequential)]
+    internal struct StreamControl
+    {
+        internal int Command;
+        internal int TimeoutSeconds;
+        internal int Length;
+        internal byte* Data;
     }
 }
