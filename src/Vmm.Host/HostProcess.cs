@@ -105,7 +105,10 @@ public static class HostProcess
     /// file_link_any). Linux has <see cref="Sandbox.SystemCallFilter"/> for it.
     /// </summary>
     /// <returns>False where the system refused or has no such thing.</returns>
-    public static unsafe bool TryGiveUpProcesses()
+    public static bool TryGiveUpProcesses() => TryGiveUpProcesses(OsAbi.Current.System);
+
+    /// <summary>The same as another system does it, for tests.</summary>
+    internal static unsafe bool TryGiveUpProcesses(HostSystem system)
     {
         // FreeBSD sys/procctl.h, sys/wait.h.
         const int IdOfProcess = 0;
@@ -116,7 +119,7 @@ public static class HostProcess
         // illumos sys/priv.h: PRIV_SET removes what the set does not have.
         const int PrivilegeSet = 2;
         const string Basic = "basic,!proc_exec,!proc_fork,!proc_info,!proc_session,!file_link_any";
-        switch (OsAbi.Current.System)
+        switch (system)
         {
             case HostSystem.FreeBsd:
                 int disable = TraceDisable;
@@ -134,7 +137,10 @@ public static class HostProcess
     /// <summary>Keeps the calling thread on one of the host's processors, for good.</summary>
     /// <param name="processor">Its number, from 0, as the system counts.</param>
     /// <returns>False when the host has no such processor for this process.</returns>
-    public static unsafe bool TryPinThread(int processor)
+    public static bool TryPinThread(int processor) => TryPinThread(processor, OsAbi.Current.System);
+
+    /// <summary>The same as another system does it, for tests.</summary>
+    internal static unsafe bool TryPinThread(int processor, HostSystem system)
     {
         const int Words = 16;
         if (processor is < 0 or >= Words * 64)
@@ -146,7 +152,7 @@ public static class HostProcess
         ulong* set = stackalloc ulong[Words];
         new Span<ulong>(set, Words).Clear();
         set[processor / 64] = 1UL << (processor % 64);
-        switch (OsAbi.Current.System)
+        switch (system)
         {
             case HostSystem.FreeBsd:
                 // sys/cpuset.h: CPU_LEVEL_WHICH, CPU_WHICH_TID. Releases before 14 want their own size, 256 processors.
