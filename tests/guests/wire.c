@@ -129,13 +129,13 @@ is_filled(const char *data, size_t length, uint64_t seed, uint64_t at)
 	return (1);
 }
 
+/* All of it, one way or the other. */
 static int
-put(int fd, const void *from, size_t length)
+transfer(int fd, char *data, size_t length, int out)
 {
-	const char *data = from;
-
 	while (length > 0) {
-		ssize_t n = write(fd, data, length);
+		ssize_t n = out ? write(fd, data, length) :
+		    read(fd, data, length);
 
 		if (n < 0 && errno == EINTR)
 			continue;
@@ -148,21 +148,15 @@ put(int fd, const void *from, size_t length)
 }
 
 static int
+put(int fd, const void *from, size_t length)
+{
+	return (transfer(fd, (char *)(uintptr_t)from, length, 1));
+}
+
+static int
 get(int fd, void *into, size_t length)
 {
-	char *data = into;
-
-	while (length > 0) {
-		ssize_t n = read(fd, data, length);
-
-		if (n < 0 && errno == EINTR)
-			continue;
-		if (n <= 0)
-			return (0);
-		data += n;
-		length -= (size_t)n;
-	}
-	return (1);
+	return (transfer(fd, into, length, 0));
 }
 
 static int
@@ -666,7 +660,7 @@ stamp_fill(uint64_t *block, uint32_t place, uint64_t round)
 	fill((char *)(block + 2), (STAMP_WORDS - 2) * 8, round * STAMPS + place, 0);
 }
 
-static int
+static void
 stamp(const char *device, const char *name, uint64_t round)
 {
 	int fd = open(device, O_RDWR | O_DIRECT);
@@ -753,7 +747,7 @@ main(int argc, char **argv)
 	if (argc == 8 && strcmp(verb, "disk") == 0)
 		return (disk(argv + 2));
 	if (argc == 5 && strcmp(verb, "stamp") == 0)
-		return (stamp(argv[2], argv[3], strtoull(argv[4], NULL, 0)));
+		stamp(argv[2], argv[3], strtoull(argv[4], NULL, 0));
 	if (argc == 4 && strcmp(verb, "stamped") == 0)
 		return (stamped(argv[2], strtoull(argv[3], NULL, 0)));
 	fprintf(stderr, "wire: see the top of wire.c\n");

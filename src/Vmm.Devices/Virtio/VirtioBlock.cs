@@ -55,8 +55,7 @@ public sealed class VirtioBlock : VirtioModel
 
     private const int ConfigWriteback = 32;
 
-    private readonly Lock _poolGate = new();
-    private readonly Stack<Job> _pool = new();
+    private readonly VirtioDiskJobs<Job> _jobs;
     private readonly IBlockBackend _backend;
     private readonly VirtioBlockOptions _options;
     private readonly ushort[] _queueSizes;
@@ -71,6 +70,7 @@ public sealed class VirtioBlock : VirtioModel
     {
         ArgumentNullException.ThrowIfNull(backend);
         _backend = backend;
+        _jobs = new VirtioDiskJobs<Job>(() => new Job(this));
         _options = options ?? new VirtioBlockOptions();
         if (_options.LogicalBlockBytes is not (512 or 4096))
         {
@@ -298,7 +298,7 @@ public sealed class VirtioBlock : VirtioModel
         job.SliceCount = count;
         if (!mapped)
         {
-            ReturnJob(job);
+            _jobs.Return(job);
             Finish(ring, chain, StatusIoError, 0);
             return;
         }
@@ -360,7 +360,7 @@ public sealed class VirtioBlock : VirtioModel
 
         if (status != StatusOk || job.Ranges.Count == 0)
         {
-            ReturnJob(job);
+            _jobs.Return(job);
             Finish(ring, chain, status, 0);
             return;
         }
@@ -372,30 +372,9 @@ public sealed class VirtioBlock : VirtioModel
 
     private Job TakeJob(Virtqueue ring, VirtqueueChain chain, BlockOperation operation)
     {
-        Job? job;
-        lock (_poolGate)
-        {
-            _pool.TryPop(out job);
-        }
-
-        job ??= new Job(this);
-        job.Ring = ring;
-        job.Chain = chain;
+        Job job = _jobs.Take(ring, chain);
         job.Operation = operation;
-        job.ForceUnitAccess = false;
-        job.MayUnmap = false;
-        job.SliceCount = 0;
         return job;
-    }
-
-    private void ReturnJob(Job job)
-    {
-        job.Ring = null;
-        job.Chain = null;
-        lock (_poolGate)
-        {
-            _pool.Push(job);
-        }
     }
 
     private void Submit(Job job)
@@ -428,31 +407,17 @@ public sealed class VirtioBlock : VirtioModel
             chain.MarkWritten(read); // also after an error: parts may have been written
         }
 
-        ReturnJob(job);
+        _jobs.Return(job);
         Finish(ring, chain, status == BlockStatus.Ok ? StatusOk : StatusIoError, read);
         Interlocked.Decrement(ref _inFlight);
     }
 
-    private sealed class Job : BlockRequest
+    private sealed class Job(VirtioBlock owner) : VirtioDiskJob
     {
-        private readonly VirtioBlock _owner;
-
-        public Job(VirtioBlock owner)
-        {
-            _owner = owner;
-            MayCompleteInline = true;
-        }
-
-        public Virtqueue? Ring { get; set; }
-
-        public VirtqueueChain? Chain { get; set; }
-
         public List<(long Offset, long Length, bool Unmap)> Ranges { get; } = [];
-
-        public int NextRange { get; set; }
 
         public void LoadRange() => (OffsetBytes, LengthBytes, MayUnmap) = Ranges[NextRange];
 
-        public override void Complete(BlockStatus status) => _owner.OnCompleted(this, status);
+        public override void Complete(BlockStatus status) => owner.OnCompleted(this, status);
     }
 }

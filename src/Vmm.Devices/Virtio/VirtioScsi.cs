@@ -37,7 +37,7 @@ public sealed class VirtioScsi : VirtioModel
     private const byte ResponseIncorrectLun = 12;
 
     private readonly Lock _gate = new();
-    private readonly Stack<Job> _pool = new();
+    private readonly VirtioDiskJobs<Job> _jobs;
     private readonly IReadOnlyList<ScsiUnit> _units;
     private readonly ushort[] _queueSizes;
     private readonly byte[] _parameters = new byte[ScsiUnit.MaxParameterBytes];
@@ -53,6 +53,7 @@ public sealed class VirtioScsi : VirtioModel
         ArgumentNullException.ThrowIfNull(units);
         ArgumentOutOfRangeException.ThrowIfGreaterThan(units.Count, MaxUnits, nameof(units));
         _units = units;
+        _jobs = new VirtioDiskJobs<Job>(() => new Job(this));
         _queueSizes = new ushort[2 + Math.Clamp(queues, 1, 16)];
         Array.Fill(_queueSizes, (ushort)256);
     }
@@ -283,7 +284,7 @@ public sealed class VirtioScsi : VirtioModel
             return;
         }
 
-        Job job = TakeJob(ring, chain);
+        Job job = _jobs.Take(ring, chain);
         job.DataOut = requestBytes;
         job.DataIn = ResponseHeaderBytes + senseBytes;
         job.SenseBytes = senseBytes;
@@ -455,46 +456,15 @@ public sealed class VirtioScsi : VirtioModel
         ring.Complete(chain, used);
     }
 
-    private Job TakeJob(Virtqueue ring, VirtqueueChain chain)
-    {
-        Job? job;
-        lock (_pool)
-        {
-            _pool.TryPop(out job);
-        }
-
-        job ??= new Job(this);
-        job.Ring = ring;
-        job.Chain = chain;
-        return job;
-    }
-
     private void ReturnJob(Job job)
     {
-        job.Ring = null;
-        job.Chain = null;
         job.Unit = null;
         job.Work = null;
-        lock (_pool)
-        {
-            _pool.Push(job);
-        }
+        _jobs.Return(job);
     }
 
-    private sealed class Job : BlockRequest
+    private sealed class Job(VirtioScsi owner) : VirtioDiskJob
     {
-        private readonly VirtioScsi _owner;
-
-        public Job(VirtioScsi owner)
-        {
-            _owner = owner;
-            MayCompleteInline = true;
-        }
-
-        public Virtqueue? Ring { get; set; }
-
-        public VirtqueueChain? Chain { get; set; }
-
         public ScsiUnit? Unit { get; set; }
 
         public ScsiWork? Work { get; set; }
@@ -507,8 +477,6 @@ public sealed class VirtioScsi : VirtioModel
 
         public int SenseBytes { get; set; }
 
-        public int NextRange { get; set; }
-
-        public override void Complete(BlockStatus status) => _owner.OnCompleted(this, status);
+        public override void Complete(BlockStatus status) => owner.OnCompleted(this, status);
     }
 }
