@@ -504,7 +504,7 @@ internal unsafe struct CpuContext
     public BlockCache Blocks;
 
     /// <summary>MSRs that handlers need fast.</summary>
-    [FieldOffset(0x400)]
+    [FieldOffset(Offsets.Msrs)]
     public MsrFile Msr;
 
     /// <summary>The XSAVE area in standard format: x87, SSE, AVX at 576.</summary>

@@ -41,7 +41,8 @@ internal enum Access
 /// <summary>A translation to host memory; 32 bytes.</summary>
 internal unsafe struct TlbEntry
 {
-    public const int Count = 4096;
+    /// <summary>Reaches 64 MiB of small pages: guests with large pages have all of them cut into small ones here.</summary>
+    public const int Count = 16384;
     public const int Tables = 4;
     public const int SizeBytes = 32;
 

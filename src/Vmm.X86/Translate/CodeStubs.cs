@@ -534,6 +534,8 @@ internal static class Offsets
     public const int X87Loaded = 0x3EC;
     public const int X87Ready = 0x3F0;
     public const int SiteCounts = 0x7E0;
+    public const int Msrs = 0x400;
+    public const int KernelGsBase = Msrs + (4 * sizeof(ulong));
     public const int SiteMisses = 0x7D0;
     public const int InstructionCount = 0xF0;
     public const int SiteFlagsLow = 0x3F8;

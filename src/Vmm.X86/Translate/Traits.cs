@@ -30,6 +30,7 @@ internal enum InsnKind : byte
     Cli,
     Sti,
     MoveFromSegment,
+    Swapgs,
     Div,
     Idiv,
     Push,
@@ -201,6 +202,8 @@ internal sealed unsafe class TraitsTable
                 return InsnKind.Cli;
             case Code.Sti:
                 return InsnKind.Sti;
+            case Code.Swapgs:
+                return InsnKind.Swapgs;
             case Code.Mov_r32m16_Sreg or Code.Mov_r64m16_Sreg when instruction.Op0Kind == OpKind.Register:
                 return InsnKind.MoveFromSegment;
             case Code.Leaveq:

@@ -34,6 +34,9 @@ internal sealed unsafe partial class Translator
             case InsnKind.MoveFromSegment:
                 EmitMoveFromSegment(instruction);
                 break;
+            case InsnKind.Swapgs:
+                EmitSwapgs();
+                break;
             case InsnKind.Div:
             case InsnKind.Idiv:
                 OrHandler(Mark(), TryDivide(instruction, _traits[_at].Kind == InsnKind.Idiv));
@@ -287,15 +290,20 @@ internal sealed unsafe partial class Translator
 
     private void EmitLea(in Instruction instruction)
     {
-        // Flags survive where the address needs no addition of two spilled registers.
+        // Flags survive where the address needs no addition of two spilled registers, and no 16 bits are written.
         Register start = instruction.MemoryBase;
         Register index = instruction.MemoryIndex;
         bool adds = index != Register.None && IsSpilled(Number(index)) &&
             start != Register.None && start.IsGPR() && IsSpilled(Number(start));
-        if (adds || !IsAddressable(instruction))
+        if (!IsAddressable(instruction))
         {
             CallHandler();
             return;
+        }
+
+        if (adds)
+        {
+            FreeFlags();
         }
 
         HostMemory form = LinearOf(instruction, withSegment: false);

@@ -51,6 +51,26 @@ internal sealed unsafe partial class Translator
         _e.AluImmediate32(AluOp.Or, HostMemory.Context(Offsets.RflagsSystem), (int)Rflags.If);
     }
 
+    // Level 0 is not part of a block's key, level 3 is: nobody runs 64-bit code at levels 1 and 2, but it must fault there.
+    private void EmitSwapgs()
+    {
+        const int gsBase = CpuContext.SegmentsOffset + (Seg.Gs * 32);
+        if ((_block->Key & BlockKey.User) != 0)
+        {
+            CallHandler();
+            return;
+        }
+
+        FreeFlags();
+        _e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.Cpl), 0);
+        SlowJump(_e.JumpIf(HostCondition.NotEqual));
+        _e.Load(Host.T0, HostMemory.Context(gsBase));
+        _e.Load(Host.T1, HostMemory.Context(Offsets.KernelGsBase));
+        _e.Store(HostMemory.Context(Offsets.KernelGsBase), Host.T0);
+        _e.Store(HostMemory.Context(gsBase), Host.T1);
+        _e.Store(HostMemory.Context(gsBase + 8), Host.T1);
+    }
+
     private void EmitMoveFromSegment(in Instruction instruction)
     {
         int segment = instruction.Op1Register - Register.ES;
