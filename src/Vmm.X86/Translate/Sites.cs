@@ -18,7 +18,7 @@ namespace Vmm.X86;
 //
 // A place whose addresses wander from page to page misses its site all the time, and mispredicts the branch. FillSite
 // notices, the helper notes it for the instruction (Block.TlbInsns), and the block is translated anew with a look into the
-// TLB in that place:
+// TLB in that place. At levels 0 to 2 all operands that are not on the stack are looked up there from the beginning:
 //
 //     lea T1, [ea]; shr T1, 12-5; and T1, entries      the entry of the first byte's page
 //     lea T0, [ea + size - 1]; and T0, -4096; or T0, asid
