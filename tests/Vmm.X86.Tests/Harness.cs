@@ -125,12 +125,14 @@ internal sealed unsafe class TestVm : IDisposable
     /// <param name="translateAfter">Executions of a block before it is translated; 0 for never.</param>
     /// <param name="countInstructions">Translated code counts what it executes.</param>
     /// <param name="perfMap">Gets a line for each translated block.</param>
+    /// <param name="logDirty">The memory has a dirty log; stores then look at its flags each time.</param>
     public TestVm(
         ulong bytes = 4 << 20,
         int vcpus = 1,
         int translateAfter = 1,
         bool countInstructions = false,
-        TextWriter? perfMap = null)
+        TextWriter? perfMap = null,
+        bool logDirty = false)
     {
         _block = (byte*)NativeMemory.AlignedAlloc((nuint)bytes + (2 * MarginBytes), 4096);
         new Span<byte>(_block, (int)bytes + (2 * MarginBytes)).Fill(Poison);
@@ -145,7 +147,7 @@ internal sealed unsafe class TestVm : IDisposable
             PerfMap = perfMap,
         };
         Vm = (SoftVm)hypervisor.CreateVm(new VmOptions { Ports = Ports, Mmio = Mmio, Clock = Clock });
-        Vm.SetMemorySlot(0, new MemorySlot(0, bytes, (nint)_memory, false, false, (nint)_flags));
+        Vm.SetMemorySlot(0, new MemorySlot(0, bytes, (nint)_memory, false, logDirty, (nint)_flags));
         for (int i = 0; i < vcpus; i++)
         {
             var port = new FakePort();

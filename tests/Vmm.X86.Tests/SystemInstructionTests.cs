@@ -261,7 +261,7 @@ public sealed class SystemInstructionTests
     [InlineData(1)]
     public void DirtyLog_TellsEachWriteOnceAndAgainAfterTheNext(int translateAfter)
     {
-        using var vm = new TestVm(translateAfter: translateAfter);
+        using var vm = new TestVm(translateAfter: translateAfter, logDirty: true);
         vm.EnterLong();
         vm.Assemble(TestVm.CodeAt, 64, a =>
         {
