@@ -210,7 +210,7 @@ internal static class StatusCommand
         command.Aliases.Add("show");
         var arguments = new VmArguments(command, several: false, optional: true);
         var format = CommonOptions.Output();
-        var definition = new Option<bool>("--definition", "-d") { Description = "The definition as YAML, every default written out." };
+        var definition = new Option<bool>("--definition", "-d") { Description = "The definition as YAML." };
         command.Add(format);
         command.Add(definition);
         command.SetAction(async (result, cancellation) =>

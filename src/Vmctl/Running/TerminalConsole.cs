@@ -19,6 +19,7 @@ internal sealed class TerminalConsole : ICharBackend
     private readonly Action _onLeave;
     private PollLoop? _loop;
     private StdioCharBackend? _stdio;
+    private EscapeReceiver? _escape;
     private bool _disposed;
 
     /// <summary>Makes one.</summary>
@@ -57,11 +58,22 @@ internal sealed class TerminalConsole : ICharBackend
 
             _loop = new PollLoop("terminal");
             _stdio = new StdioCharBackend(_loop);
-            _stdio.Attach(IsTerminal ? new EscapeReceiver(this, receiver) : receiver);
+            _escape = IsTerminal ? new EscapeReceiver(this, receiver) : null;
+            _stdio.Attach(_escape ?? receiver);
         }
     }
 
-    public void ResumeInput() => Volatile.Read(ref _stdio)?.ResumeInput();
+    public void ResumeInput()
+    {
+        // Called by the device, perhaps under its lock: what waits for its room is given to it by another thread.
+        if (_escape is { HasPending: true } escape)
+        {
+            ThreadPool.UnsafeQueueUserWorkItem(static waiting => waiting.Flush(), escape, preferLocal: false);
+            return;
+        }
+
+        Volatile.Read(ref _stdio)?.ResumeInput();
+    }
 
     public void Dispose()
     {
@@ -86,6 +98,9 @@ internal sealed class TerminalConsole : ICharBackend
         private readonly ConsoleEscape _escape = new();
         private readonly TerminalConsole _owner;
         private readonly ICharReceiver _guest;
+        private readonly Lock _gate = new();
+        private volatile bool _hasPending;
+        private byte _pending;
 
         internal EscapeReceiver(TerminalConsole owner, ICharReceiver guest)
         {
@@ -93,8 +108,26 @@ internal sealed class TerminalConsole : ICharBackend
             _guest = guest;
         }
 
-        // One less than the guest's: a tilde that was held back may come out together with the next key.
-        public int RoomBytes => Math.Max(0, _guest.RoomBytes - 1);
+        /// <summary>A tilde that was held back came out with the next key, and the guest had room for one of the two.</summary>
+        internal bool HasPending => _hasPending;
+
+        public int RoomBytes => _hasPending ? 0 : _guest.RoomBytes;
+
+        internal void Flush()
+        {
+            lock (_gate)
+            {
+                if (!_hasPending || _guest.RoomBytes == 0)
+                {
+                    return;
+                }
+
+                _hasPending = false;
+                _guest.Receive([_pending]);
+            }
+
+            _owner.ResumeInput();
+        }
 
         public void Receive(ReadOnlySpan<byte> bytes)
         {
@@ -104,10 +137,7 @@ internal sealed class TerminalConsole : ICharBackend
                 ReadOnlySpan<byte> piece = bytes[..Math.Min(bytes.Length, 256)];
                 EscapeAction action = _escape.Filter(piece, kept, out int written, out int consumed);
                 bytes = bytes[consumed..];
-                if (written > 0)
-                {
-                    _guest.Receive(kept[..written]);
-                }
+                Deliver(kept[..written]);
 
                 if (action == EscapeAction.Leave)
                 {
@@ -118,6 +148,24 @@ internal sealed class TerminalConsole : ICharBackend
                 if (action == EscapeAction.Help)
                 {
                     _owner.Write(ConsoleEscape.HelpText);
+                }
+            }
+        }
+
+        private void Deliver(ReadOnlySpan<byte> keys)
+        {
+            lock (_gate)
+            {
+                int take = Math.Min(keys.Length, _guest.RoomBytes);
+                if (take > 0)
+                {
+                    _guest.Receive(keys[..take]);
+                }
+
+                if (take < keys.Length)
+                {
+                    _pending = keys[take];
+                    _hasPending = true;
                 }
             }
         }
