@@ -66,21 +66,6 @@ public sealed class AgreementTests
         tried.Should().Be(4 + 4 + 7);
     }
 
-    [Fact]
-    public void Definitions_AThousand_AreReadInUnderASecond()
-    {
-        string sample = File.ReadAllText(Path.Combine(s_config, "sample.yaml"));
-        string one = sample[..sample.IndexOf("\n---", StringComparison.Ordinal)];
-        ConfigFiles.ParseUnchecked(one, "warm.yaml", "/", null);
-        var watch = System.Diagnostics.Stopwatch.StartNew();
-        for (int i = 0; i < 1000; i++)
-        {
-            ConfigFiles.ParseUnchecked("name: small\nmemory: 64M\nboot: {kernel: k}\ndisks: [d]\nnics: [user]\n", "t.yaml", "/", null);
-        }
-
-        watch.Elapsed.Should().BeLessThan(TimeSpan.FromSeconds(1));
-    }
-
     internal static string FindRoot()
     {
         string? at = AppContext.BaseDirectory;
