@@ -94,7 +94,7 @@ public sealed class SoftHypervisor : IHypervisor
     public IVm CreateVm(VmOptions options)
     {
         System.ArgumentNullException.ThrowIfNull(options);
-        return new SoftVm(options, TscKhz, _thunks) 
+        return new SoftVm(options, TscKhz, _thunks)
         {
             Translate = Translate,
             CountInstructions = CountInstructions,

@@ -140,7 +140,7 @@ internal sealed unsafe class TestVm : IDisposable
         NativeMemory.Clear(_memory, (nuint)bytes);
         _flags = (byte*)NativeMemory.AllocZeroed((nuint)(bytes >> 12) + 8);
         Bytes = bytes;
-        var hypervisor = new SoftHypervisor(TestCode.Create()) 
+        var hypervisor = new SoftHypervisor(TestCode.Create())
         {
             Translate = translateAfter != 0,
             CountInstructions = countInstructions,
