@@ -343,6 +343,10 @@ public sealed class Rtl8139 : EthernetCard
                 case Isr when length >= 2:
                     Set16(Isr, (ushort)(Get16(Isr) & ~value)); // write one to clear
                     UpdateInterrupt();
+
+                    // The frame that waits comes again, as the next one on a wire would: an overflow that is acknowledged
+                    // after the last look at the ring is told of once more.
+                    resume = TakeStall();
                     break;
                 case Tcr when length == 4:
                     Set32(Tcr, (value & 0x0307_07F0) | HardwareVersion);

@@ -126,8 +126,10 @@ public sealed class Rtl8139Tests : IDisposable
             _net.Deliver(Frame(s_mac, 1000)).Should().Be(Read16(0x3E) == 1);
         }
 
+        int resumed = _net.Resumed;
         Write16(0x3E, 0xFFFF);
         _router.Level.Should().BeFalse();
+        _net.Resumed.Should().Be(resumed + 1, "the waiting frame is tried again when the overflow is acknowledged");
         _net.Deliver(Frame(s_mac, 1000)).Should().BeFalse();
         Read16(0x3E).Should().Be(0x10);
         _router.Level.Should().BeTrue();
