@@ -15,9 +15,9 @@ internal sealed class Interruption : IDisposable
     private readonly PosixSignalRegistration[] _registrations;
 
     /// <summary>Begins to listen.</summary>
-    /// <param name="outer">Cancels as well.</param>
     /// <param name="onHangUp">What SIGHUP means instead, for a daemon.</param>
-    internal Interruption(CancellationToken outer = default, Action? onHangUp = null)
+    /// <param name="outer">Cancels as well.</param>
+    internal Interruption(Action? onHangUp = null, CancellationToken outer = default)
     {
         _ending = CancellationTokenSource.CreateLinkedTokenSource(outer);
         _registrations =

@@ -88,6 +88,7 @@ public sealed class VmProcess : IDisposable
     private static bool TryHold(SafeFileHandle pid, VmPaths paths)
     {
         long start = Stopwatch.GetTimestamp();
+        var spin = default(SpinWait);
         while (FileIo.TryLock(pid, exclusive: true) == Errno.EAGAIN)
         {
             bool isRun = ReadPid(paths) is { } other && HostProcess.IsRunning(other);
@@ -96,7 +97,7 @@ public sealed class VmProcess : IDisposable
                 return false;
             }
 
-            Thread.Sleep(10);
+            spin.SpinOnce();
         }
 
         return true;

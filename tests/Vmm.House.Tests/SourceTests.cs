@@ -97,8 +97,8 @@ public sealed class SourceTests
         {
             foreach (Match match in import.Matches(Repository.Read(file)))
             {
-                Match entry = Regex.Match(match.Groups["more"].Value, @"EntryPoint = ""(\w+)""", RegexOptions.None, TimeSpan.FromSeconds(5));
-                string name = entry.Success ? entry.Groups[1].Value : match.Groups["name"].Value;
+                Match entry = Regex.Match(match.Groups["more"].Value, @"EntryPoint = ""(?<entry>\w+)""", RegexOptions.None, TimeSpan.FromSeconds(5));
+                string name = entry.Success ? entry.Groups["entry"].Value : match.Groups["name"].Value;
                 count++;
                 if (!NativeLibrary.TryGetExport(library, name, out _))
                 {

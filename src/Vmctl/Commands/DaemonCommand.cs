@@ -93,7 +93,7 @@ internal static class DaemonCommand
     private static async Task<int> KeepAsync(DaemonOptions options, string user, string vmUser, CancellationToken cancellation)
     {
         Action reload = static () => { };
-        using var signals = new Interruption(cancellation, () => reload());
+        using var signals = new Interruption(() => reload(), cancellation);
         List<string> words =
         [
             "daemon", "--kept", "--user", user, "--config-dir", options.Paths.Definitions, "--run-dir", options.Paths.Run,
@@ -147,7 +147,7 @@ internal static class DaemonCommand
     {
         var daemon = new FleetDaemon(options, context.Error);
         onMade?.Invoke(daemon);
-        using var signals = new Interruption(cancellation, () => daemon.Load(force: true));
+        using var signals = new Interruption(() => daemon.Load(force: true), cancellation);
         if (!await daemon.RunAsync(signals.Token).ConfigureAwait(false))
         {
             throw new CommandException(ExitStatus.WrongState, $"a daemon already runs for {options.Paths.Run}");

@@ -109,7 +109,7 @@ internal static class TransferCommands
     private static async Task WithStateAsync(
         FleetAccess fleet, string name, bool ends, Func<string, CancellationToken, Task> use, CancellationToken cancellation)
     {
-        using var interruption = new Interruption(cancellation);
+        using var interruption = new Interruption(outer: cancellation);
         CancellationToken ending = interruption.Token;
         using ControlClient client = await fleet.ConnectAsync(name, ending).ConfigureAwait(false);
         VmReport before = await client.ReportAsync(ending).ConfigureAwait(false);

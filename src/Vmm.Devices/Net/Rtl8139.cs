@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
 using System.Buffers.Binary;
-using System.Threading;
 using Vmm.Core;
 using Vmm.Devices.Pci;
 

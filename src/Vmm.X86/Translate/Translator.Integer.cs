@@ -1,5 +1,4 @@
 // SPDX-License-Identifier: BSD-2-Clause
-using System;
 using Iced.Intel;
 
 namespace Vmm.X86;

@@ -167,7 +167,7 @@ public sealed class VirtioMoveTests
     /// <summary>Where the driver's registers are now.</summary>
     private sealed class Switch : IRegisterWindow
     {
-        public IRegisterWindow Target { get; set; } = null!;
+        public VirtioMmio Target { get; set; } = null!;
 
         public uint Length => Target.Length;
 
