@@ -45,6 +45,7 @@ public sealed unsafe class InstructionCompleter : IDisposable
     private readonly SoftHypervisor _hypervisor;
     private readonly SoftVm _vm;
     private readonly SoftVcpu _vcpu;
+    private readonly Dictionary<Mnemonic, string> _names = []; // what a guest needs completed is a handful
 
     /// <summary>Makes one.</summary>
     /// <param name="options">The machine's address maps and clock.</param>
@@ -89,7 +90,7 @@ public sealed unsafe class InstructionCompleter : IDisposable
         Status status = _vcpu.Step(cpu, out bool faulted);
         DevicePort.Enter(cpu);
         Block* block = cpu->CurrentBlock;
-        LastMnemonic = block == null ? string.Empty : ((Code)block->First->Code).Mnemonic().ToString().ToLowerInvariant();
+        LastMnemonic = block == null ? string.Empty : Name(((Code)block->First->Code).Mnemonic());
         if (_vcpu.RefusesComponents && block != null && XsaveUnit.MovesComponents((Code)block->First->Code))
         {
             return CompletionOutcome.Unsupported;
@@ -138,6 +139,17 @@ public sealed unsafe class InstructionCompleter : IDisposable
     {
         _vm.Dispose();
         _hypervisor.Dispose();
+    }
+
+    private string Name(Mnemonic mnemonic)
+    {
+        if (!_names.TryGetValue(mnemonic, out string? name))
+        {
+            name = mnemonic.ToString().ToLowerInvariant();
+            _names.Add(mnemonic, name);
+        }
+
+        return name;
     }
 
     // Stands for a local APIC that the other driver owns.

@@ -85,6 +85,20 @@ public sealed class InstructionCompleterTests : IDisposable
         state.Xsave[832..896].Should().AllBeEquivalentTo((byte)0xA5);
     }
 
+    // A driver may need this thousands of times a second.
+    [Fact]
+    public void LastMnemonic_OfAnInstructionSeenBefore_IsNoNewString()
+    {
+        CpuState state = Start([0x90, 0x90]);
+        using InstructionCompleter completer = Make(null);
+        completer.Complete(state);
+        string first = completer.LastMnemonic;
+
+        completer.Complete(state);
+
+        completer.LastMnemonic.Should().Be("nop").And.BeSameAs(first);
+    }
+
     public void Dispose()
     {
         _memory.Dispose();
