@@ -102,17 +102,7 @@ public static class MachineRunner
             log.WriteLine($"vmctl: {spec.Name}: {e.Message}");
             return StatusNoDriver;
         }
-        catch (HypervisorException e)
-        {
-            log.WriteLine($"vmctl: {spec.Name}: {e.Message}");
-            return StatusError;
-        }
-        catch (HostException e)
-        {
-            log.WriteLine($"vmctl: {spec.Name}: {e.Message}");
-            return StatusError;
-        }
-        catch (IOException e)
+        catch (Exception e) when (e is HypervisorException or HostException or IOException)
         {
             log.WriteLine($"vmctl: {spec.Name}: {e.Message}");
             return StatusError;
