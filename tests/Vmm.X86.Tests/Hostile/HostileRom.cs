@@ -501,14 +501,7 @@ internal sealed class HostileRom
         a.cld();
         a.xor(ax, ax);
         a.mov(ds, ax);
-        a.rdtsc();
-        a.mov(__dword_ptr[_notes + 8], eax);
-        a.mov(__dword_ptr[_notes + 12], edx);
-        a.imul(ebx, __dword_ptr[_notes + 16], 0x41C64E6D);
-        a.lea(ebx, __[ebx + eax + 12345]);
-        a.mov(__dword_ptr[_notes + 16], ebx);
-        a.inc(__dword_ptr[_notes]);
-        a.shr(ebx, 12);
+        TakeNoteAndDraw(a);
         a.mov(si, bx);
         a.and(bx, (Frames - 1) << FrameShift);
         a.and(si, (int)PoolMask);
@@ -541,14 +534,7 @@ internal sealed class HostileRom
         a.mov(esp, _stack);
         a.push(2);
         a.popfd();
-        a.rdtsc();
-        a.mov(__dword_ptr[_notes + 8], eax);
-        a.mov(__dword_ptr[_notes + 12], edx);
-        a.imul(ebx, __dword_ptr[_notes + 16], 0x41C64E6D);
-        a.lea(ebx, __[ebx + eax + 12345]);
-        a.mov(__dword_ptr[_notes + 16], ebx);
-        a.inc(__dword_ptr[_notes]);
-        a.shr(ebx, 12);
+        TakeNoteAndDraw(a);
         a.mov(esi, ebx);
         a.and(ebx, (Frames - 1) << FrameShift);
         a.and(esi, (int)PoolMask);
@@ -602,6 +588,20 @@ internal sealed class HostileRom
 
         a.mov(rsi, __qword_ptr[rsi + (registers.Length * 8)]);
         a.iretq();
+    }
+
+    // Notes when the routine ran and how often, and leaves in EBX a random number that chooses frame and registers. The
+    // generator is congruential with the TSC mixed in, its state behind the notes; its low bits are poor and shifted out.
+    private void TakeNoteAndDraw(Assembler a)
+    {
+        a.rdtsc();
+        a.mov(__dword_ptr[_notes + 8], eax);
+        a.mov(__dword_ptr[_notes + 12], edx);
+        a.imul(ebx, __dword_ptr[_notes + 16], 0x41C64E6D);
+        a.lea(ebx, __[ebx + eax + 12345]);
+        a.mov(__dword_ptr[_notes + 16], ebx);
+        a.inc(__dword_ptr[_notes]);
+        a.shr(ebx, 12);
     }
 
     private uint Target() => (uint)_random.Next((int)CodeStart, 0xB0000);
