@@ -126,58 +126,27 @@ public sealed unsafe class BlockFile : IDisposable
     /// <summary>Reads; bytes past the end of the file read as zeroes.</summary>
     public BlockStatus Read(long offset, Span<byte> into)
     {
-        using var held = new HeldHandle(_handle);
-
         // SAFETY: the buffer is pinned for the calls, which get what is left of it.
         fixed (byte* buffer = into)
         {
-            for (int done = 0; done < into.Length;)
+            BlockStatus status = Transfer(isWrite: false, offset, buffer, into.Length, out int done);
+            if (status == BlockStatus.Ok)
             {
-                nint got = LibC.pread(held.Fd, buffer + done, (nuint)(into.Length - done), offset + done);
-                if (got == 0)
-                {
-                    into[done..].Clear();
-                    break;
-                }
-
-                if (got < 0 && !FileIo.LastIsInterrupted())
-                {
-                    return Failed();
-                }
-
-                done += (int)Math.Max(got, 0);
+                into[done..].Clear();
             }
-        }
 
-        return BlockStatus.Ok;
+            return status;
+        }
     }
 
     /// <summary>Writes.</summary>
     public BlockStatus Write(long offset, ReadOnlySpan<byte> from)
     {
-        using var held = new HeldHandle(_handle);
-
         // SAFETY: the buffer is pinned for the calls, which get what is left of it.
         fixed (byte* buffer = from)
         {
-            for (int done = 0; done < from.Length;)
-            {
-                nint put = LibC.pwrite(held.Fd, buffer + done, (nuint)(from.Length - done), offset + done);
-                if (put == 0)
-                {
-                    return Failed(LibC.NoSpace);
-                }
-
-                if (put < 0 && !FileIo.LastIsInterrupted())
-                {
-                    return Failed();
-                }
-
-                done += (int)Math.Max(put, 0);
-            }
+            return Transfer(isWrite: true, offset, buffer, from.Length, out _);
         }
-
-        return BlockStatus.Ok;
     }
 
     /// <summary>Reads into guest RAM or a buffer; bytes past the end of the file read as zeroes.</summary>
@@ -188,58 +157,18 @@ public sealed unsafe class BlockFile : IDisposable
             return Read(offset, into.Span);
         }
 
-        using var held = new HeldHandle(_handle);
-        LibC.IoVector* vector = stackalloc LibC.IoVector[MaxVector];
-        for (long done = 0; done < into.Length;)
+        BlockStatus status = Transfer(isWrite: false, offset, into, out long done);
+        if (status == BlockStatus.Ok && done < into.Length)
         {
-            int count = into.Describe(done, new Span<LibC.IoVector>(vector, MaxVector), out _);
-            nint got = LibC.preadv(held.Fd, vector, count, offset + done);
-            if (got == 0)
-            {
-                into.Slice(done, into.Length - done).Clear();
-                break;
-            }
-
-            if (got < 0 && !FileIo.LastIsInterrupted())
-            {
-                return Failed();
-            }
-
-            done += Math.Max(got, 0);
+            into.Slice(done, into.Length - done).Clear();
         }
 
-        return BlockStatus.Ok;
+        return status;
     }
 
     /// <summary>Writes from guest RAM or a buffer.</summary>
-    public BlockStatus Write(long offset, in IoBuffer from)
-    {
-        if (from.IsMemory)
-        {
-            return Write(offset, (ReadOnlySpan<byte>)from.Span);
-        }
-
-        using var held = new HeldHandle(_handle);
-        LibC.IoVector* vector = stackalloc LibC.IoVector[MaxVector];
-        for (long done = 0; done < from.Length;)
-        {
-            int count = from.Describe(done, new Span<LibC.IoVector>(vector, MaxVector), out _);
-            nint put = LibC.pwritev(held.Fd, vector, count, offset + done);
-            if (put == 0)
-            {
-                return Failed(LibC.NoSpace);
-            }
-
-            if (put < 0 && !FileIo.LastIsInterrupted())
-            {
-                return Failed();
-            }
-
-            done += Math.Max(put, 0);
-        }
-
-        return BlockStatus.Ok;
-    }
+    public BlockStatus Write(long offset, in IoBuffer from) =>
+        from.IsMemory ? Write(offset, (ReadOnlySpan<byte>)from.Span) : Transfer(isWrite: true, offset, from, out _);
 
     /// <summary>Reads into guest RAM what is in the host's page cache. Linux only; never waits for a disk.</summary>
     /// <returns>False when not all of it was there; the buffer is then undefined.</returns>
@@ -461,6 +390,65 @@ public sealed unsafe class BlockFile : IDisposable
         // Our own kind locks from byte 0 on, so a lock that starts elsewhere is QEMU's.
         // SAFETY: the structure lives on this stack during the call.
         return LibC.fcntl(held.Fd, locks.GetLock, (nint)(&probe)) == 0 && probe.Type != locks.Unlock && probe.Start != 0;
+    }
+
+    private BlockStatus Transfer(bool isWrite, long offset, byte* buffer, int length, out int done)
+    {
+        using var held = new HeldHandle(_handle);
+        BlockStatus status = BlockStatus.Ok;
+        bool goesOn = true;
+        for (done = 0; goesOn && done < length;)
+        {
+            nuint left = (nuint)(length - done);
+            nint moved = isWrite
+                ? LibC.pwrite(held.Fd, buffer + done, left, offset + done)
+                : LibC.pread(held.Fd, buffer + done, left, offset + done);
+            goesOn = GoesOn(isWrite, moved, out status);
+            done += (int)Math.Max(moved, 0);
+        }
+
+        return status;
+    }
+
+    private BlockStatus Transfer(bool isWrite, long offset, in IoBuffer buffer, out long done)
+    {
+        using var held = new HeldHandle(_handle);
+        LibC.IoVector* vector = stackalloc LibC.IoVector[MaxVector];
+        BlockStatus status = BlockStatus.Ok;
+        bool goesOn = true;
+        for (done = 0; goesOn && done < buffer.Length;)
+        {
+            int count = buffer.Describe(done, new Span<LibC.IoVector>(vector, MaxVector), out _);
+            nint moved = isWrite
+                ? LibC.pwritev(held.Fd, vector, count, offset + done)
+                : LibC.preadv(held.Fd, vector, count, offset + done);
+            goesOn = GoesOn(isWrite, moved, out status);
+            done += Math.Max(moved, 0);
+        }
+
+        return status;
+    }
+
+    // Whether a transfer goes on behind a call that returned "moved": a short count and a signal mean another call, the
+    // end of the file ends a read well and a write badly.
+    private bool GoesOn(bool isWrite, nint moved, out BlockStatus status)
+    {
+        status = BlockStatus.Ok;
+        if (moved > 0 || (moved < 0 && FileIo.LastIsInterrupted()))
+        {
+            return true;
+        }
+
+        if (moved < 0)
+        {
+            status = Failed();
+        }
+        else if (isWrite)
+        {
+            status = Failed(LibC.NoSpace);
+        }
+
+        return false;
     }
 
     private BlockStatus Failed() => Failed(Marshal.GetLastPInvokeError());
