@@ -1,13 +1,10 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
 using System.Buffers;
-using System.Collections.Generic;
 using System.IO;
 using System.Net.Sockets;
 using System.Text;
 using System.Text.Json;
-using System.Threading;
-using System.Threading.Channels;
 using System.Threading.Tasks;
 
 namespace Vmm.Fleet.Control;
@@ -18,8 +15,8 @@ namespace Vmm.Fleet.Control;
 // client first sends qmp_capabilities. The names are QMP's where QMP has the command; ours begin with "vmm-".
 //
 // Clients are the user's own processes, but a broken one must not hurt the VM: lines are bounded, clients are bounded in
-// number, a client that does not read loses its connection, and commands of one client run one after the other on the
-// thread pool, never on a vCPU's thread.
+// number (SocketServer), a client that does not read loses its connection, and commands of one client run one after the
+// other on the thread pool, never on a vCPU's thread.
 
 /// <summary>Serves the control socket of one VM. Thread-safe.</summary>
 public sealed class ControlServer : IAsyncDisposable
@@ -37,14 +34,9 @@ public sealed class ControlServer : IAsyncDisposable
         "vmm-screen", "vmm-screen-text", "vmm-status",
     ];
 
-    private readonly Lock _gate = new();
-    private readonly List<Client> _clients = [];
-    private readonly CancellationTokenSource _stopping = new();
     private readonly IMachineControl _machine;
     private readonly TimeProvider _time;
-    private readonly string _path;
-    private readonly Socket _listener;
-    private readonly Task _accepting;
+    private readonly SocketServer<Client> _server;
 
     /// <summary>Starts to listen.</summary>
     /// <param name="path">The socket's path; a stale file there is replaced.</param>
@@ -53,11 +45,9 @@ public sealed class ControlServer : IAsyncDisposable
     /// <exception cref="IOException">The path is too long or cannot be bound.</exception>
     public ControlServer(string path, IMachineControl machine, TimeProvider time)
     {
-        _path = FleetPaths.CheckSocket(path);
         _machine = machine;
         _time = time;
-        _listener = UnixSockets.Listen(_path);
-        _accepting = AcceptAsync();
+        _server = new SocketServer<Client>(path, MaxClients, socket => new Client(this, socket));
     }
 
     /// <summary>Tells every client that something happened: SHUTDOWN, STOP, RESUME, RESET, POWERDOWN.</summary>
@@ -80,75 +70,17 @@ public sealed class ControlServer : IAsyncDisposable
                 json.WriteEndObject();
             }
         });
-        lock (_gate)
+        _server.ForEach(client =>
         {
-            foreach (Client client in _clients)
+            if (client.IsNegotiated)
             {
-                if (client.IsNegotiated)
-                {
-                    client.Send(line);
-                }
+                client.Send(line);
             }
-        }
+        });
     }
 
     /// <summary>Closes the socket and removes its file. What was queued for clients is still sent, within a second.</summary>
-    public async ValueTask DisposeAsync()
-    {
-        await _stopping.CancelAsync().ConfigureAwait(false);
-        _listener.Dispose();
-        await _accepting.ConfigureAwait(false);
-        List<Client> left;
-        lock (_gate)
-        {
-            left = [.. _clients];
-        }
-
-        foreach (Client client in left)
-        {
-            await client.CloseAsync(TimeSpan.FromSeconds(1)).ConfigureAwait(false);
-        }
-
-        File.Delete(_path);
-        _stopping.Dispose();
-    }
-
-    private async Task AcceptAsync()
-    {
-        while (!_stopping.IsCancellationRequested)
-        {
-            Socket socket;
-            try
-            {
-                socket = await _listener.AcceptAsync(_stopping.Token).ConfigureAwait(false);
-            }
-            catch (Exception failure) when (failure is OperationCanceledException or SocketException or ObjectDisposedException)
-            {
-                return;
-            }
-
-            lock (_gate)
-            {
-                if (_clients.Count >= MaxClients)
-                {
-                    socket.Dispose();
-                    continue;
-                }
-
-                var client = new Client(this, socket);
-                _clients.Add(client);
-                client.Start();
-            }
-        }
-    }
-
-    private void Remove(Client client)
-    {
-        lock (_gate)
-        {
-            _clients.Remove(client);
-        }
-    }
+    public ValueTask DisposeAsync() => _server.DisposeAsync();
 
     private static byte[] JsonLine(Action<Utf8JsonWriter> write)
     {
@@ -407,23 +339,28 @@ public sealed class ControlServer : IAsyncDisposable
         }
     }
 
-    private sealed class Client
+    private sealed class Client : SocketClient
     {
         private readonly ControlServer _server;
-        private readonly Socket _socket;
-        private readonly Channel<byte[]> _lines = Channel.CreateBounded<byte[]>(QueuedLines);
-        private Task _sending = Task.CompletedTask;
-        private Task _receiving = Task.CompletedTask;
 
         internal Client(ControlServer server, Socket socket)
+            : base(socket, QueuedLines)
         {
             _server = server;
-            _socket = socket;
         }
 
         internal bool IsNegotiated { get; set; }
 
-        internal void Start()
+        // A client that lets its queue run full is cut off: it would miss something and not know.
+        internal void Send(byte[] line)
+        {
+            if (line.Length > 0 && !TrySend(line))
+            {
+                Abandon();
+            }
+        }
+
+        protected override async Task ServeAsync()
         {
             Send(JsonLine(json =>
             {
@@ -435,87 +372,30 @@ public sealed class ControlServer : IAsyncDisposable
                 json.WriteEndArray();
                 json.WriteEndObject();
             }));
-            _sending = Task.Run(SendAsync);
-            _receiving = Task.Run(ReceiveAsync);
-        }
-
-        // A client that lets its queue run full is cut off: it would miss something and not know.
-        internal void Send(byte[] line)
-        {
-            if (line.Length > 0 && !_lines.Writer.TryWrite(line))
-            {
-                _lines.Writer.TryComplete();
-                _socket.Dispose();
-            }
-        }
-
-        internal async Task CloseAsync(TimeSpan patience)
-        {
-            _lines.Writer.TryComplete();
-            await Task.WhenAny(_sending, Task.Delay(patience)).ConfigureAwait(false);
-            _socket.Dispose();
-        }
-
-        private async Task SendAsync()
-        {
-            try
-            {
-                await foreach (byte[] line in _lines.Reader.ReadAllAsync().ConfigureAwait(false))
-                {
-                    for (int sent = 0; sent < line.Length;)
-                    {
-                        sent += await _socket.SendAsync(line.AsMemory(sent)).ConfigureAwait(false);
-                    }
-                }
-            }
-            catch (Exception failure) when (failure is SocketException or ObjectDisposedException)
-            {
-                // Gone; the receiving side takes it off the list.
-            }
-        }
-
-        private async Task ReceiveAsync()
-        {
             var buffer = new byte[MaxLineBytes];
             int filled = 0;
-            try
+            while (await Socket.ReceiveAsync(buffer.AsMemory(filled)).ConfigureAwait(false) is > 0 and int count)
             {
-                while (true)
+                filled += count;
+                int start = 0;
+                for (int end; (end = buffer.AsSpan(start, filled - start).IndexOf((byte)'\n')) >= 0;)
                 {
-                    int count = await _socket.ReceiveAsync(buffer.AsMemory(filled)).ConfigureAwait(false);
-                    if (count == 0)
+                    ReadOnlyMemory<byte> line = buffer.AsMemory(start, end);
+                    start += end + 1;
+                    if (!Encoding.UTF8.GetString(line.Span).AsSpan().Trim().IsEmpty)
                     {
-                        break;
-                    }
-
-                    filled += count;
-                    int start = 0;
-                    for (int end; (end = buffer.AsSpan(start, filled - start).IndexOf((byte)'\n')) >= 0;)
-                    {
-                        ReadOnlyMemory<byte> line = buffer.AsMemory(start, end);
-                        start += end + 1;
-                        if (!Encoding.UTF8.GetString(line.Span).AsSpan().Trim().IsEmpty)
-                        {
-                            Send(_server.Answer(line, this));
-                        }
-                    }
-
-                    buffer.AsSpan(start, filled - start).CopyTo(buffer);
-                    filled -= start;
-                    if (filled == buffer.Length)
-                    {
-                        Send(Error("GenericError", $"a line is longer than {MaxLineBytes} bytes", default));
-                        break;
+                        Send(_server.Answer(line, this));
                     }
                 }
-            }
-            catch (Exception failure) when (failure is SocketException or ObjectDisposedException)
-            {
-                // The client went away; so do we.
-            }
 
-            _server.Remove(this);
-            await CloseAsync(TimeSpan.FromSeconds(1)).ConfigureAwait(false);
+                buffer.AsSpan(start, filled - start).CopyTo(buffer);
+                filled -= start;
+                if (filled == buffer.Length)
+                {
+                    Send(Error("GenericError", $"a line is longer than {MaxLineBytes} bytes", default));
+                    break;
+                }
+            }
         }
     }
 }
