@@ -60,7 +60,8 @@ internal static class CompletionCommand
     private static IEnumerable<string> NamesOf(Command verb) => verb.Aliases.Prepend(verb.Name);
 
     private static IEnumerable<Option> OptionsOf(Command verb) =>
-        verb.Options.Concat(verb.Subcommands.SelectMany(sub => sub.Options)).Where(option => !option.Hidden).DistinctBy(option => option.Name, StringComparer.Ordinal);
+        verb.Options.Concat(verb.Subcommands.SelectMany(sub => sub.Options))
+            .Where(option => !option.Hidden).DistinctBy(option => option.Name, StringComparer.Ordinal);
 
     private static string OptionNames(Command verb) => string.Join(' ', OptionsOf(verb).Select(option => option.Name).Append("--help"));
 
