@@ -15,6 +15,12 @@ public interface IClock
     /// <summary>The calendar time that the guest's RTC shows, in nanoseconds since 1970-01-01 UTC.</summary>
     long UnixTimeNs { get; }
 
+    /// <summary>
+    /// True when guest time, while it runs, passes as the host's does: then a vCPU may compute it from the host's time
+    /// stamp counter between two readings.
+    /// </summary>
+    bool FollowsHost => false;
+
     /// <summary>Makes a timer, not armed. The callback runs on the clock's thread, one at a time; it must not block.</summary>
     /// <param name="name">For diagnostics.</param>
     /// <param name="onExpire">Called once per arming, at or after the deadline.</param>

@@ -49,6 +49,9 @@ internal sealed class MachineClock : IClock, IDisposable
     public long UnixTimeNs => _unixEpochNs + NowNs;
 
     /// <inheritdoc/>
+    public bool FollowsHost => true;
+
+    /// <inheritdoc/>
     public IGuestTimer CreateTimer(string name, Action onExpire)
     {
         ArgumentNullException.ThrowIfNull(onExpire);

@@ -126,6 +126,7 @@ internal static unsafe class ControlRegisters
         }
 
         cpu->Cr4 = value;
+        SoftVcpu.ForgetTsc(cpu);
         if ((changed & translation) != 0)
         {
             Paging.FlushAll(cpu);

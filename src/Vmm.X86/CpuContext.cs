@@ -383,6 +383,10 @@ internal unsafe struct CpuContext
     [FieldOffset(0xA20)]
     public fixed ushort PrivateSlots[Asids.MaxPrivate];
 
+    /// <summary>RDTSC in generated code; Value has the vCPU's offset. The limit is 0 where RDTSC may fault.</summary>
+    [FieldOffset(Offsets.Tsc)]
+    public TscLine Tsc;
+
     /// <summary>PAE page-directory-pointer registers (SDM 3A 4.4.1).</summary>
     [FieldOffset(0x2F0)]
     public fixed ulong Pdpte[4];

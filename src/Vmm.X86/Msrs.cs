@@ -202,10 +202,12 @@ internal static unsafe class Msrs
                 ulong delta = value - vcpu.ReadTsc();
                 cpu->Msr.TscOffset += delta;
                 cpu->Msr.TscAdjust += delta;
+                SoftVcpu.ForgetTsc(cpu);
                 return true;
             case TscAdjust:
                 cpu->Msr.TscOffset += value - cpu->Msr.TscAdjust;
                 cpu->Msr.TscAdjust = value;
+                SoftVcpu.ForgetTsc(cpu);
                 return true;
             case Efer:
                 return TryWriteEfer(cpu, value);
@@ -271,7 +273,16 @@ internal static unsafe class Msrs
     }
 
     /// <summary>For saving: like RDMSR without the refusals that depend on CPUID.</summary>
-    public static bool TryReadSaved(SoftVcpu vcpu, uint index, out ulong value) => TryRead(vcpu, index, out value);
+    public static bool TryReadSaved(SoftVcpu vcpu, uint index, out ulong value)
+    {
+        if (index != Tsc)
+        {
+            return TryRead(vcpu, index, out value);
+        }
+
+        value = vcpu.ReadTscAtRest();
+        return true;
+    }
 
     /// <summary>For restoring: plain storage, the TSC as a value now, others without checks.</summary>
     public static void WriteSaved(SoftVcpu vcpu, uint index, ulong value)
@@ -284,7 +295,7 @@ internal static unsafe class Msrs
         }
         else if (index == Tsc)
         {
-            cpu->Msr.TscOffset += value - vcpu.ReadTsc();
+            cpu->Msr.TscOffset += value - vcpu.ReadTscAtRest();
         }
         else if (index == TscAdjust)
         {

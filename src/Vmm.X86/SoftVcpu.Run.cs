@@ -29,6 +29,8 @@ public sealed unsafe partial class SoftVcpu
     {
         CpuContext* cpu = _cpu;
         cpu->InterruptHint = 1;
+        ForgetTsc(cpu);
+        _tsc = default;
         DevicePort.Leave(cpu);
         EnterThread(cpu);
         try

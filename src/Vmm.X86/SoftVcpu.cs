@@ -19,6 +19,7 @@ public sealed unsafe partial class SoftVcpu : IVcpu
     private byte _pendingType;
     private bool _pendingHasError;
     private uint _pendingError;
+    private TscLine _tsc;
 
     internal SoftVcpu(SoftVm vm, int index, ICpuInterruptPort interrupts)
     {
@@ -94,15 +95,23 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         return default;
     }
 
-    /// <summary>The time stamp counter: guest time at the stated frequency plus this vCPU's offset.</summary>
+    /// <summary>The time stamp counter: guest time at the stated frequency plus this vCPU's offset. Its thread only.</summary>
     internal ulong ReadTsc()
     {
-        ulong nanoseconds = (ulong)Vm.Clock.NowNs;
-        ulong ticks = Vm.TscKhz == 1_000_000
-            ? nanoseconds
-            : (ulong)((UInt128)nanoseconds * (ulong)Vm.TscKhz / 1_000_000);
-        return ticks + _cpu->Msr.TscOffset;
+        ulong value = Vm.Tsc.Read(ref _tsc) + _cpu->Msr.TscOffset;
+
+        // Generated code goes on with the line where RDTSC is permitted to everybody.
+        _cpu->Tsc = _tsc;
+        _cpu->Tsc.Value += _cpu->Msr.TscOffset;
+        _cpu->Tsc.Limit = (_cpu->Cr4 & Cr4.Tsd) == 0 ? _tsc.Limit : 0;
+        return value;
     }
+
+    /// <summary>The same by the clock alone: for a machine that stands still.</summary>
+    internal ulong ReadTscAtRest() => Vm.Tsc.AtClock() + _cpu->Msr.TscOffset;
+
+    /// <summary>Generated code asks again: offset or permission have changed, or time stood still.</summary>
+    internal static void ForgetTsc(CpuContext* cpu) => cpu->Tsc.Limit = 0;
 
     /// <summary>Frees the state. Not while Run executes.</summary>
     public void Dispose()

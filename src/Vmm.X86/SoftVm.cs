@@ -30,6 +30,7 @@ public sealed unsafe class SoftVm : IVm, IVmStatistics
         OnNumericError = options.OnNumericError;
         Thunks = thunks;
         TscKhz = tscKhz;
+        Tsc = new TscSource(options.Clock, tscKhz, thunks);
         // SAFETY: these live until Dispose, which stops after the vCPUs, their only users.
         Shared = (VmShared*)NativeMemory.AllocZeroed((nuint)sizeof(VmShared));
         Shared->BusMask = ulong.MaxValue;
@@ -53,6 +54,9 @@ public sealed unsafe class SoftVm : IVm, IVmStatistics
     internal ThunkCache? Thunks { get; }
 
     internal long TscKhz { get; }
+
+    /// <summary>Time stamps of all vCPUs, before their offsets.</summary>
+    internal TscSource Tsc { get; }
 
     /// <summary>vCPUs made from now on translate hot code.</summary>
     internal bool Translate { get; init; }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
 using System.Collections.Generic;
+using System.Diagnostics;
 using System.IO;
 using System.Runtime.InteropServices;
 using Iced.Intel;
@@ -80,10 +81,19 @@ internal static class TestCode
         Vmm.Host.CodeMemory.TryCreate(SoftHypervisor.CodeMemoryBytes, out _);
 }
 
-/// <summary>A clock that stands still until told otherwise.</summary>
+/// <summary>A clock that stands still until told otherwise, or that runs as the host's does.</summary>
 internal sealed class FakeClock : IClock
 {
-    public long NowNs { get; set; } = 1000;
+    private readonly long _start = Stopwatch.GetTimestamp();
+    private long _nowNs = 1000;
+
+    public bool FollowsHost { get; init; }
+
+    public long NowNs
+    {
+        get => FollowsHost ? _nowNs + (long)Stopwatch.GetElapsedTime(_start).TotalNanoseconds : _nowNs;
+        set => _nowNs = value;
+    }
 
     public long UnixTimeNs => 0;
 
@@ -125,6 +135,7 @@ internal sealed unsafe class TestVm : IDisposable
     /// <param name="translateAfter">Executions of a block before it is translated; 0 for never.</param>
     /// <param name="countInstructions">Translated code counts what it executes.</param>
     /// <param name="perfMap">Gets a line for each translated block.</param>
+    /// <param name="hostClock">Guest time runs.</param>
     /// <param name="logDirty">The memory has a dirty log; stores then look at its flags each time.</param>
     public TestVm(
         ulong bytes = 4 << 20,
@@ -132,8 +143,10 @@ internal sealed unsafe class TestVm : IDisposable
         int translateAfter = 1,
         bool countInstructions = false,
         TextWriter? perfMap = null,
-        bool logDirty = false)
+        bool logDirty = false,
+        bool hostClock = false)
     {
+        Clock = new FakeClock { FollowsHost = hostClock };
         _block = (byte*)NativeMemory.AlignedAlloc((nuint)bytes + (2 * MarginBytes), 4096);
         new Span<byte>(_block, (int)bytes + (2 * MarginBytes)).Fill(Poison);
         _memory = _block + MarginBytes;
@@ -165,7 +178,7 @@ internal sealed unsafe class TestVm : IDisposable
 
     public AddressMap Mmio { get; } = new("mmio", 0);
 
-    public FakeClock Clock { get; } = new();
+    public FakeClock Clock { get; }
 
     public SoftVm Vm { get; }
 

@@ -542,6 +542,12 @@ internal static class Offsets
     public const int SiteFlagsLength = 0x7F8;
     public const int Thrashing = 0x7F4;
     public const int Self = 0x3D0;
+    public const int Tsc = 0xB00;
+    public const int TscBase = Tsc;
+    public const int TscLimit = Tsc + 8;
+    public const int TscScale = Tsc + 16;
+    public const int TscValue = Tsc + 24;
+    public const int TscAux = Msrs + (9 * sizeof(ulong));
     public const int Helper = 0x3D8;
     public const int Mxcsr = CpuContext.XsaveOffset + XsaveLayout.Mxcsr;
     public const int Xmm = CpuContext.XsaveOffset + XsaveLayout.Xmm;

@@ -210,6 +210,16 @@ internal unsafe struct Emitter
     /// <summary>op to, memory; 32 bits.</summary>
     public void Alu32(AluOp op, int to, in HostMemory memory) => MemoryForm(false, ((int)op << 3) | 3, to, memory);
 
+    /// <summary>IMUL to, memory; 64 bits.</summary>
+    public void Multiply(int to, in HostMemory memory) => MemoryForm(true, 0x0FAF, to, memory);
+
+    /// <summary>RDTSC.</summary>
+    public void ReadTsc()
+    {
+        Byte(0x0F);
+        Byte(0x31);
+    }
+
     /// <summary>op to, imm.</summary>
     public void AluImmediate(AluOp op, int to, int value, bool wide = true)
     {

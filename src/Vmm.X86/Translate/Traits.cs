@@ -31,6 +31,8 @@ internal enum InsnKind : byte
     Sti,
     MoveFromSegment,
     Swapgs,
+    Rdtsc,
+    Rdpid,
     Div,
     Idiv,
     Push,
@@ -204,6 +206,11 @@ internal sealed unsafe class TraitsTable
                 return InsnKind.Sti;
             case Code.Swapgs:
                 return InsnKind.Swapgs;
+            case Code.Rdtsc:
+            case Code.Rdtscp:
+                return InsnKind.Rdtsc;
+            case Code.Rdpid_r64:
+                return InsnKind.Rdpid;
             case Code.Mov_r32m16_Sreg or Code.Mov_r64m16_Sreg when instruction.Op0Kind == OpKind.Register:
                 return InsnKind.MoveFromSegment;
             case Code.Leaveq:

@@ -36,6 +36,12 @@ internal sealed unsafe partial class Translator
             case InsnKind.Swapgs:
                 EmitSwapgs();
                 break;
+            case InsnKind.Rdtsc:
+                EmitRdtsc(instruction);
+                break;
+            case InsnKind.Rdpid:
+                EmitRdpid(instruction);
+                break;
             case InsnKind.Div:
             case InsnKind.Idiv:
                 OrHandler(Mark(), TryDivide(instruction, _traits[_at].Kind == InsnKind.Idiv));

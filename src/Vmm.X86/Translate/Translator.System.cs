@@ -71,6 +71,50 @@ internal sealed unsafe partial class Translator
         _e.Store(HostMemory.Context(gsBase + 8), Host.T1);
     }
 
+    // In line while there is a line from the host's counter to the guest's (TscSource.cs); the handler draws the next one,
+    // and raises #GP where CR4.TSD forbids the instruction: then there never is one. RDTSCP waits for the instructions in
+    // front of it, which LFENCE does for RDTSC.
+    private void EmitRdtsc(in Instruction instruction)
+    {
+        FreeFlags();
+        _e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.TscLimit), 0, wide: true);
+        SlowJump(_e.JumpIf(HostCondition.Equal));
+        if (instruction.Code == Code.Rdtscp)
+        {
+            _e.Byte(0x0F);
+            _e.Byte(0xAE);
+            _e.Byte(0xE8);
+        }
+
+        _e.ReadTsc();
+        _e.Shift(4, Host.Rdx, 32);
+        _e.Alu(AluOp.Or, Host.Rax, Host.Rdx);
+        _e.Alu(AluOp.Sub, Host.Rax, HostMemory.Context(Offsets.TscBase));
+        _e.Alu(AluOp.Cmp, Host.Rax, HostMemory.Context(Offsets.TscLimit));
+        SlowJump(_e.JumpIf(HostCondition.AboveOrEqual));
+        _e.Multiply(Host.Rax, HostMemory.Context(Offsets.TscScale));
+        _e.Shift(5, Host.Rax, 32);
+        _e.Alu(AluOp.Add, Host.Rax, HostMemory.Context(Offsets.TscValue));
+        _e.Move(Host.Rdx, Host.Rax);
+        _e.Shift(5, Host.Rdx, 32);
+        _e.Move32(Host.Rax, Host.Rax);
+        if (instruction.Code == Code.Rdtscp)
+        {
+            _e.Load32(Host.Rcx, HostMemory.Context(Offsets.TscAux));
+        }
+    }
+
+    private void EmitRdpid(in Instruction instruction)
+    {
+        int number = Number(instruction.Op0Register);
+        int host = IsSpilled(number) ? Host.T0 : HostOf(number);
+        _e.Load32(host, HostMemory.Context(Offsets.TscAux));
+        if (IsSpilled(number))
+        {
+            _e.Store(Slot(number), host);
+        }
+    }
+
     private void EmitMoveFromSegment(in Instruction instruction)
     {
         int segment = instruction.Op1Register - Register.ES;
