@@ -228,11 +228,15 @@ internal sealed class VcpuThread : ICpuWaker, IDisposable
     // INIT and SIPI (SDM 3A 9.4). Returns false while the processor waits to be started.
     private bool Startup(ICpuInterruptPort port)
     {
+        const uint timeStampCounter = 0x10;
         if (port.HasInit && port.TakeInit())
         {
             Vcpu.ReadState(_state);
             _state.Reset(isInit: true, _signature);
             _state.ApicBase = port.ApicBase;
+
+            // It counts on: to write what was read some time ago would set it back.
+            _state.Msrs.Remove(timeStampCounter);
             Vcpu.WriteState(_state);
             _activity = Vcpu.Index == 0 ? ActivityState.Running : ActivityState.WaitForStartup;
         }
@@ -246,6 +250,7 @@ internal sealed class VcpuThread : ICpuWaker, IDisposable
             _state.Segments[1] = code;
             _state.Rip = 0;
             _state.Activity = ActivityState.Running;
+            _state.Msrs.Remove(timeStampCounter);
             Vcpu.WriteState(_state);
             _activity = ActivityState.Running;
         }

@@ -127,6 +127,7 @@ internal static unsafe class ControlRegisters
 
         cpu->Cr4 = value;
         SoftVcpu.ForgetTsc(cpu);
+        cpu->Calls.Ready = 0;
         if ((changed & translation) != 0)
         {
             Paging.FlushAll(cpu);

@@ -208,11 +208,11 @@ internal unsafe struct CpuContext
     /// quadword with <see cref="Request"/>, so that a request makes every probe of that cache miss; what is between
     /// the two stays 0.
     /// </summary>
-    [FieldOffset(0xBE)]
+    [FieldOffset(Offsets.BranchTag)]
     public ushort BranchTag;
 
     /// <summary>The TLB of the current privilege mode.</summary>
-    [FieldOffset(0xC0)]
+    [FieldOffset(Offsets.Tlb)]
     public TlbEntry* Tlb;
 
     /// <summary>Low 12 bits of a valid tag in <see cref="Tlb"/>, never 0: one of the two numbers of Asids.cs.</summary>
@@ -232,7 +232,7 @@ internal unsafe struct CpuContext
     public Block* CurrentBlock;
 
     /// <summary><see cref="BlockKey"/> bits of the current mode.</summary>
-    [FieldOffset(0xE8)]
+    [FieldOffset(Offsets.ModeKey)]
     public uint ModeKey;
 
     /// <summary>One of <see cref="ProcessorMode"/>.</summary>
@@ -368,11 +368,11 @@ internal unsafe struct CpuContext
     public fixed ulong LargePages[Paging.LargePageWords];
 
     /// <summary>Number of the address space in TLB tags.</summary>
-    [FieldOffset(0xA00)]
+    [FieldOffset(Offsets.SpaceAsid)]
     public ulong SpaceAsid;
 
     /// <summary>Number of what the supervisor's TLB holds, whatever the address space.</summary>
-    [FieldOffset(0xA08)]
+    [FieldOffset(Offsets.GlobalAsid)]
     public ulong GlobalAsid;
 
     /// <summary>Entries of the supervisor's TLB that are not global; more than there is room for: too many to name.</summary>
@@ -382,6 +382,10 @@ internal unsafe struct CpuContext
     /// <summary>Which those are.</summary>
     [FieldOffset(0xA20)]
     public fixed ushort PrivateSlots[Asids.MaxPrivate];
+
+    /// <summary>SYSCALL and SYSRET in generated code.</summary>
+    [FieldOffset(Offsets.Calls)]
+    public FastCalls Calls;
 
     /// <summary>RDTSC in generated code; Value has the vCPU's offset. The limit is 0 where RDTSC may fault.</summary>
     [FieldOffset(Offsets.Tsc)]

@@ -116,6 +116,11 @@ internal static unsafe class Msrs
     public static bool TryWrite(SoftVcpu vcpu, uint index, ulong value)
     {
         CpuContext* cpu = vcpu.Context;
+        if (index is >= Efer and <= SfMask)
+        {
+            cpu->Calls.Ready = 0;
+        }
+
         switch (index)
         {
             case Lstar:

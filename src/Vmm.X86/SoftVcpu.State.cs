@@ -133,6 +133,7 @@ public sealed unsafe partial class SoftVcpu
         cpu->Delivering = 0;
         cpu->InterruptHint = 1;
         cpu->CurrentBlock = null;
+        cpu->Calls.Ready = 0;
         _pending = state.EventPending;
         _pendingVector = state.EventVector;
         _pendingType = state.EventType;

@@ -12,6 +12,8 @@ namespace Vmm.X86.Tests;
 /// <summary>Programs that are translated from their first block on.</summary>
 public sealed class TranslatorTests
 {
+    private const int CallRounds = 120;
+
     [Fact]
     public void Blocks_OfALoop_AreTranslatedAndRun()
     {
@@ -154,6 +156,105 @@ public sealed class TranslatorTests
         ulong frame = vm.State.Gpr[4];
         vm.Read64(frame + 8).Should().Be(TestVm.CodeAt + 11);
         vm.Read64(frame + 32).Should().Be(TestVm.StackTop - 8);
+    }
+
+    // The kernel notes all that SYSCALL loads and changes the flags that SYSRET returns with; in some rounds these stop
+    // generated code or its short way (AC, TF in a mask that leaves it).
+    [Theory]
+    [InlineData(0x47700UL)]
+    [InlineData(0x257FD5UL)]
+    [InlineData(0x40000UL)]
+    [InlineData(0UL)]
+    public void Syscall_AndSysret_DoWhatTheInterpreterDoes(ulong mask)
+    {
+        using TestVm translated = CallKernel(mask, translateAfter: 1);
+        using TestVm interpreted = CallKernel(mask, translateAfter: 0);
+        translated.Memory.SequenceEqual(interpreted.Memory).Should().BeTrue();
+        translated.State.Gpr.Should().Equal(interpreted.State.Gpr);
+        translated.State.Rip.Should().Be(interpreted.State.Rip);
+        translated.State.Rflags.Should().Be(interpreted.State.Rflags);
+        translated.State.Segments.Should().Equal(interpreted.State.Segments);
+        translated.Read32(0x30000).Should().Be(0, "all rounds were run");
+        translated.Cpu.Translator!.Blocks.Should().BePositive();
+        bool isShort = (mask & 0x40100) == 0x40100;
+        Calls(translated, "handler-syscall").Should().BeInRange(isShort ? 1 : CallRounds, isShort ? 4 : CallRounds);
+        Calls(translated, "handler-sysretq").Should().BeInRange(isShort ? 4 : CallRounds, isShort ? 40 : CallRounds);
+    }
+
+    private static long Calls(TestVm vm, string name)
+    {
+        foreach (VmStatistic one in ((IVmStatistics)vm.Vm).ReadStatistics())
+        {
+            if (one.Name == name)
+            {
+                return one.Value;
+            }
+        }
+
+        return 0;
+    }
+
+    private static TestVm CallKernel(ulong mask, int translateAfter)
+    {
+        const int kernel = 0x12000;
+        var vm = new TestVm(translateAfter: translateAfter);
+        vm.EnterLong(3);
+        vm.Write32(0x30000, CallRounds);
+        vm.State.Msrs[0xC0000081] = (8UL << 32) | (0x1BUL << 48);
+        vm.State.Msrs[0xC0000082] = kernel;
+        vm.State.Msrs[0xC0000084] = mask;
+        vm.State.Rflags = 0x202;
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            var loop = a.CreateLabel();
+            a.mov(edi, 0x30100);
+            a.mov(rbx, 0x123456789ABCDEFL);
+            a.xor(r13d, r13d);
+            a.Label(ref loop);
+            a.imul(rbx, rbx, 1103515245);
+            a.add(rbx, 12345);
+            a.add(r13, rbx);
+            a.syscall();
+            a.pushfq();
+            a.pop(__qword_ptr[rdi]);
+            a.mov(eax, cs);
+            a.mov(__[rdi + 8], eax);
+            a.mov(eax, ss);
+            a.mov(__[rdi + 12], eax);
+            a.add(rdi, 16);
+            a.dec(__dword_ptr[0x30000]);
+            a.jne(loop);
+            a.hlt();
+        });
+        vm.Assemble(kernel, 64, a =>
+        {
+            a.mov(__[rdi], rcx);
+            a.mov(__[rdi + 8], r11);
+            a.pushfq();
+            a.pop(__qword_ptr[rdi + 16]);
+            a.mov(eax, cs);
+            a.mov(__[rdi + 24], eax);
+            a.mov(eax, ss);
+            a.mov(__[rdi + 28], eax);
+            a.add(rdi, 32);
+
+            // Any flags but TF; AC in one round of eight.
+            a.mov(rax, rbx);
+            a.shr(rax, 20);
+            a.mov(rdx, rax);
+            a.and(rax, 0x200ED7);
+            a.shr(rdx, 24);
+            a.and(edx, 7);
+            a.cmp(edx, 1);
+            a.sbb(edx, edx);
+            a.and(edx, 0x40000);
+            a.or(rax, rdx);
+            a.mov(r11, rax);
+            a.cmp(rax, rbx);
+            a.sysretq();
+        });
+        vm.Run().Should().Be(ExitKind.Halted);
+        return vm;
     }
 
     [Fact]

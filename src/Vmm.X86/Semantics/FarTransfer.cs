@@ -891,6 +891,7 @@ internal static unsafe class FarTransfer
             SetFlat(cpu, Seg.Cs, selector, 0xA09B, 0);
             SetFlat(cpu, Seg.Ss, selector + 8, 0xC093, 0);
             cpu->Cpl = 0;
+            FastCalls.Prepare(cpu);
             return Finish(cpu, target);
         }
 

@@ -229,10 +229,13 @@ public sealed unsafe partial class SoftVcpu
     private static bool IsShared(CpuContext* cpu) =>
         (cpu->ModeKey & BlockKey.User) == 0 && (cpu->Cr4 & Cr4.Pge) != 0;
 
+    /// <summary>What BranchTag has beside the address space's number at level 3.</summary>
+    internal const int UserTag = 0x1000;
+
     private static ushort Tag(CpuContext* cpu)
     {
         uint tag = (uint)(IsShared(cpu) ? cpu->GlobalAsid : cpu->SpaceAsid);
-        tag |= (cpu->ModeKey & BlockKey.User) != 0 ? 0x1000U : 0;
+        tag |= (cpu->ModeKey & BlockKey.User) != 0 ? (uint)UserTag : 0;
         tag |= (cpu->ModeKey & BlockKey.Ac) != 0 ? 0x2000U : 0;
         return (ushort)tag;
     }

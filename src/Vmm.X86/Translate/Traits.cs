@@ -45,6 +45,8 @@ internal enum InsnKind : byte
     Call,
     CallIndirect,
     Ret,
+    Syscall,
+    Sysret,
 }
 
 /// <summary>What the translator knows of an Iced code.</summary>
@@ -109,7 +111,7 @@ internal sealed unsafe class TraitsTable
         if (traits.Kind != InsnKind.Handler)
         {
             traits.Reads = (byte)((byte)instruction.RflagsRead & AllFlags);
-            traits.Reads = traits.Kind == InsnKind.Pushf ? AllFlags : traits.Reads;
+            traits.Reads = traits.Kind is InsnKind.Pushf or InsnKind.Syscall ? AllFlags : traits.Reads;
             traits.Writes = (byte)((byte)instruction.RflagsModified & AllFlags);
         }
 
@@ -209,6 +211,10 @@ internal sealed unsafe class TraitsTable
             case Code.Rdtsc:
             case Code.Rdtscp:
                 return InsnKind.Rdtsc;
+            case Code.Syscall:
+                return InsnKind.Syscall;
+            case Code.Sysretq:
+                return InsnKind.Sysret;
             case Code.Rdpid_r64:
                 return InsnKind.Rdpid;
             case Code.Mov_r32m16_Sreg or Code.Mov_r64m16_Sreg when instruction.Op0Kind == OpKind.Register:

@@ -36,6 +36,12 @@ internal sealed unsafe partial class Translator
             case InsnKind.Swapgs:
                 EmitSwapgs();
                 break;
+            case InsnKind.Syscall:
+                EmitSyscall();
+                break;
+            case InsnKind.Sysret:
+                EmitSysret();
+                break;
             case InsnKind.Rdtsc:
                 EmitRdtsc(instruction);
                 break;

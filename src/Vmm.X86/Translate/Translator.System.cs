@@ -10,8 +10,14 @@ internal sealed unsafe partial class Translator
     private void EmitPushf()
     {
         FreeFlagsForExit();
+        CollectFlags();
+        Probe(new HostMemory(Host.GuestRsp, -8), 8, write: true, 1);
+        StorePushed(Host.T0);
+    }
 
-        // FlagImage to RFLAGS: AH has SF ZF AF PF CF at their places, AL has OF.
+    // T0 = RFLAGS without RF and VM, from FlagImage, where AH has SF ZF AF PF CF at their places and AL has OF.
+    private void CollectFlags()
+    {
         _e.LoadWord(Host.T0, HostMemory.Context(Offsets.FlagImage));
         _e.Move32(Host.T1, Host.T0);
         _e.Shift(5, Host.T0, 8);
@@ -21,8 +27,101 @@ internal sealed unsafe partial class Translator
         _e.Alu(AluOp.Or, Host.T0, Host.T1);
         _e.Alu(AluOp.Or, Host.T0, HostMemory.Context(Offsets.RflagsSystem));
         _e.AluImmediate(AluOp.And, Host.T0, unchecked((int)~(uint)(Rflags.Rf | Rflags.Vm)));
-        Probe(new HostMemory(Host.GuestRsp, -8), 8, write: true, 1);
-        StorePushed(Host.T0);
+    }
+
+    // What FarTransfer.Syscall does in 64-bit mode, with what FastCalls has prepared. Vector and x87 state stay loaded.
+    // Nothing can be due behind it that was not due before it: interrupts are masked or stay as they are, and the probe
+    // looks at requests.
+    private void EmitSyscall()
+    {
+        FreeFlagsForExit();
+        _e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.CallsReady), 0);
+        SlowJump(_e.JumpIf(HostCondition.Equal));
+        CollectFlags();
+        _e.Move(Host.R11, Host.T0);
+        _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
+        _e.Lea(Host.Rcx, new HostMemory(Host.T0, EndOffset + PageOffset));
+        _e.Load(Host.T0, HostMemory.Context(Offsets.RflagsSystem));
+        _e.Alu(AluOp.And, Host.T0, HostMemory.Context(Offsets.CallsKeepSystem));
+        _e.Store(HostMemory.Context(Offsets.RflagsSystem), Host.T0);
+        _e.Load(Host.T0, HostMemory.Context(Offsets.FlagImage));
+        _e.Alu(AluOp.And, Host.T0, HostMemory.Context(Offsets.CallsKeepImage));
+        _e.Store(HostMemory.Context(Offsets.FlagImage), Host.T0);
+        LoadFlat(Seg.Cs, Offsets.CallsKernelCs, FastCalls.KernelCode);
+        LoadFlat(Seg.Ss, Offsets.CallsKernelSs, FastCalls.KernelData);
+        _e.StoreImmediate32(HostMemory.Context(Offsets.Cpl), 0);
+        _e.StoreImmediate32(HostMemory.Context(Offsets.ModeKey), (int)FastCalls.KernelKey);
+        _e.Load(Host.T0, HostMemory.Context(Offsets.CallsKernelTlb));
+        _e.Store(HostMemory.Context(Offsets.Tlb), Host.T0);
+        _e.Load(Host.T0, HostMemory.Context(Offsets.GlobalAsid));
+        _e.Store(HostMemory.Context(Offsets.TlbAsid), Host.T0);
+        _e.StoreWord(HostMemory.Context(Offsets.BranchTag), Host.T0);
+        _e.Load(Host.T0, HostMemory.Context(Offsets.Lstar));
+        EmitBranchProbe(-1, 0);
+    }
+
+    // What FarTransfer.Sysret does in 64-bit mode at level 0. The handler decides when an interrupt may be waiting for
+    // IF, when a flag is loaded that stops translated code, and when RCX is not canonical.
+    private void EmitSysret()
+    {
+        if ((_block->Key & BlockKey.User) != 0)
+        {
+            CallHandler();
+            return;
+        }
+
+        FreeFlagsForExit();
+        _e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.CallsReady), 0);
+        SlowJump(_e.JumpIf(HostCondition.Equal));
+        _e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.Cpl), 0);
+        SlowJump(_e.JumpIf(HostCondition.NotEqual));
+        _e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.InterruptHint), 0);
+        SlowJump(_e.JumpIf(HostCondition.NotEqual));
+        _e.TestImmediate32(Host.R11, (int)(Rflags.Tf | Rflags.Ac));
+        SlowJump(_e.JumpIf(HostCondition.NotEqual));
+        _e.Move(Host.T0, Host.Rcx);
+        _e.Shift(4, Host.T0, 16);
+        _e.Shift(7, Host.T0, 16);
+        _e.Alu(AluOp.Cmp, Host.T0, Host.Rcx);
+        SlowJump(_e.JumpIf(HostCondition.NotEqual));
+
+        const ulong loaded = 0x3FFFFF & ~(Rflags.Rf | Rflags.Vm | Rflags.Arithmetic);
+        _e.Move32(Host.T0, Host.R11);
+        _e.AluImmediate(AluOp.And, Host.T0, (int)loaded, wide: false);
+        _e.AluImmediate(AluOp.Or, Host.T0, (int)Rflags.Fixed, wide: false);
+        _e.Store(HostMemory.Context(Offsets.RflagsSystem), Host.T0);
+        _e.Move32(Host.T0, Host.R11);
+        _e.Move32(Host.T1, Host.R11);
+        _e.AluImmediate(AluOp.And, Host.T0, 0xD5, wide: false);
+        _e.Shift(4, Host.T0, 8);
+        _e.Shift(5, Host.T1, 11);
+        _e.AluImmediate(AluOp.And, Host.T1, 1, wide: false);
+        _e.Alu(AluOp.Or, Host.T0, Host.T1);
+        _e.Store(HostMemory.Context(Offsets.FlagImage), Host.T0);
+        LoadFlat(Seg.Cs, Offsets.CallsUserCs, FastCalls.UserCode);
+        LoadFlat(Seg.Ss, Offsets.CallsUserSs, FastCalls.UserData);
+        _e.StoreImmediate32(HostMemory.Context(Offsets.Cpl), 3);
+        _e.StoreImmediate32(HostMemory.Context(Offsets.ModeKey), (int)FastCalls.UserKey);
+        _e.Load(Host.T0, HostMemory.Context(Offsets.CallsUserTlb));
+        _e.Store(HostMemory.Context(Offsets.Tlb), Host.T0);
+        _e.Load(Host.T0, HostMemory.Context(Offsets.SpaceAsid));
+        _e.Store(HostMemory.Context(Offsets.TlbAsid), Host.T0);
+        _e.AluImmediate(AluOp.Or, Host.T0, SoftVcpu.UserTag, wide: false);
+        _e.StoreWord(HostMemory.Context(Offsets.BranchTag), Host.T0);
+        _e.Move(Host.T0, Host.Rcx);
+        EmitBranchProbe(-1, 0);
+    }
+
+    // A segment register with a selector from the context and a flat segment. Destroys T0.
+    private void LoadFlat(int segment, int selector, ulong limitAndRights)
+    {
+        int at = CpuContext.SegmentsOffset + (segment * 32);
+        _e.StoreImmediate(HostMemory.Context(at), 0);
+        _e.StoreImmediate(HostMemory.Context(at + 8), 0);
+        _e.MoveImmediate64(Host.T0, limitAndRights);
+        _e.Store(HostMemory.Context(at + 16), Host.T0);
+        _e.Load(Host.T0, HostMemory.Context(selector));
+        _e.Store(HostMemory.Context(at + 24), Host.T0);
     }
 
     private void EmitCli()

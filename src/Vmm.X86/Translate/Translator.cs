@@ -213,7 +213,8 @@ internal sealed unsafe partial class Translator
                 return FlagsAt((long)last.NearBranchTarget) | FlagsAt(end);
             case InsnKind.Jmp:
                 return FlagsAt((long)last.NearBranchTarget);
-            case InsnKind.Call or InsnKind.CallIndirect or InsnKind.JmpIndirect or InsnKind.Ret or InsnKind.Handler:
+            case InsnKind.Call or InsnKind.CallIndirect or InsnKind.JmpIndirect or InsnKind.Ret or InsnKind.Handler
+                or InsnKind.Syscall or InsnKind.Sysret:
                 return All;
             default:
                 return FlagsAt(end);
