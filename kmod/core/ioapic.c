@@ -16,7 +16,6 @@
 #define	E_VECTOR(e)	((uint8_t)(e))
 #define	E_MODE(e)	((uint8_t)((e) >> 8 & 7))
 #define	E_LOGICAL	0x0800ULL
-#define	E_STATUS	0x1000ULL		/* read only */
 #define	E_REMOTE_IRR	0x4000ULL		/* read only */
 #define	E_LEVEL		0x8000ULL
 #define	E_MASKED	0x10000ULL

@@ -16,6 +16,7 @@
  * Level-triggered vectors (TMR set) tell the I/O APIC, or with a split
  * irqchip user space, at EOI.
  */
+#include "x86.h"
 #include "vmk_chips.h"
 
 #define	R_ID		0x020
@@ -466,10 +467,7 @@ timer_count(struct vmk_lapic *l)
 static uint64_t
 guest_tsc(struct vmk_lapic *l)
 {
-	uint32_t lo, hi;
-
-	__asm__ __volatile__("rdtsc" : "=a"(lo), "=d"(hi));
-	return (((uint64_t)hi << 32 | lo) + l->vcpu->tsc_offset);
+	return (rdtsc() + l->vcpu->tsc_offset);
 }
 
 static void

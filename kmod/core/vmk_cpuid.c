@@ -15,16 +15,9 @@
  *
  * Sources: SDM 2A "CPUID", APM 3 appendix E.
  */
-#include "vmk_arch.h"
+#include "x86.h"
 
 #define	B(n)	(1U << (n))
-
-static void
-host_cpuid(uint32_t leaf, uint32_t sub, uint32_t o[4])
-{
-	__asm__ __volatile__("cpuid" : "=a"(o[0]), "=b"(o[1]), "=c"(o[2]),
-	    "=d"(o[3]) : "a"(leaf), "c"(sub));
-}
 
 /*
  * Leaf 1 EDX: everything but PSE-36's neighbours PSN (18), and DS, ACPI,
@@ -66,18 +59,18 @@ static struct {
 static void
 init_xcr0(const uint32_t leaf1[4])
 {
-	uint32_t o[4], lo, hi, i;
+	uint32_t o[4], i;
+	uint64_t v;
 
 	if ((leaf1[2] & B(27)) == 0)		/* OSXSAVE */
 		return;
-	__asm__ __volatile__("xgetbv" : "=a"(lo), "=d"(hi) : "c"(0));
-	(void)hi;
 	/* x87, SSE, AVX; AVX512 only as a whole. */
-	host.xcr0 = lo & 0x7;
-	if ((lo & 0xe0) == 0xe0)
+	v = xgetbv();
+	host.xcr0 = v & 0x7;
+	if ((v & 0xe0) == 0xe0)
 		host.xcr0 |= 0xe0;
 	for (i = 2; i < 8; i++) {
-		host_cpuid(0xd, i, o);
+		cpuid(0xd, i, o);
 		host.xsize[i] = o[0];
 		host.xoffset[i] = o[1];
 	}
@@ -90,10 +83,10 @@ vmk_cpuid_init(void)
 	uint64_t cr4;
 
 	memset(&host, 0, sizeof(host));
-	host_cpuid(0, 0, max);
-	host_cpuid(1, 0, l1);
+	cpuid(0, 0, max);
+	cpuid(1, 0, l1);
 	if (max[0] >= 7)
-		host_cpuid(7, 0, l7);
+		cpuid(7, 0, l7);
 	init_xcr0(l1);
 	cr4 = 0x1f | CR4_PAE | CR4_MCE | CR4_PGE | CR4_PCE | CR4_OSFXSR |
 	    CR4_OSXMMEXCPT;
@@ -195,14 +188,14 @@ add_xstate(struct table *t)
 	o[3] = 0;
 	add(t, 0xd, 0, true, o);
 	/* XSAVEOPT and XGETBV with ECX 1, not XSAVEC or XSAVES. */
-	host_cpuid(0xd, 1, o);
+	cpuid(0xd, 1, o);
 	o[0] &= B(0) | B(2);
 	o[1] = o[2] = o[3] = 0;
 	add(t, 0xd, 1, true, o);
 	for (i = 2; i < 8; i++) {
 		if ((xcr0 & (1ULL << i)) == 0)
 			continue;
-		host_cpuid(0xd, i, o);
+		cpuid(0xd, i, o);
 		o[2] = o[3] = 0;
 		add(t, 0xd, i, true, o);
 	}
@@ -214,7 +207,7 @@ add_basic(struct table *t, uint32_t max)
 	uint32_t o[4], leaf, sub;
 
 	for (leaf = 0; leaf <= max; leaf++) {
-		host_cpuid(leaf, 0, o);
+		cpuid(leaf, 0, o);
 		switch (leaf) {
 		case 0:
 			o[0] = max;
@@ -230,7 +223,7 @@ add_basic(struct table *t, uint32_t max)
 			break;
 		case 4:
 			for (sub = 0; sub < 8; sub++) {
-				host_cpuid(4, sub, o);
+				cpuid(4, sub, o);
 				o[0] &= ~0xffffc000U;
 				add(t, 4, sub, true, o);
 				if ((o[0] & 0x1f) == 0)
@@ -267,7 +260,7 @@ add_extended(struct table *t, uint32_t max)
 	uint32_t o[4], leaf;
 
 	for (leaf = 0x80000000U; leaf <= max; leaf++) {
-		host_cpuid(leaf, 0, o);
+		cpuid(leaf, 0, o);
 		switch (leaf) {
 		case 0x80000000U:
 			o[0] = max;
@@ -308,11 +301,11 @@ vmk_cpuid_supported(struct abi_cpuid_entry2 *e, unsigned int max)
 	struct table t = { .e = e, .max = max };
 	uint32_t o[4];
 
-	host_cpuid(0, 0, o);
+	cpuid(0, 0, o);
 	add_basic(&t, o[0] < 0xd ? o[0] : 0xd);
 	add(&t, 0x40000000, 0, false, sig);
 	add(&t, 0x40000001, 0, false, none);
-	host_cpuid(0x80000000U, 0, o);
+	cpuid(0x80000000U, 0, o);
 	if (o[0] >= 0x80000000U)
 		add_extended(&t, o[0] < 0x80000008U ? o[0] : 0x80000008U);
 	return (t.n);

@@ -16,11 +16,12 @@
  * Order of creation is enforced, not assumed: an in-kernel irqchip before
  * any vCPU (CVE-2012-1601), a PIT after the irqchip, nothing twice.
  */
-#include "vmk_arch.h"
+#include "x86.h"
 #include "vmk_irqchip.h"
 
 const struct vmk_arch_ops *vmk_arch;
 static uint32_t nvms;			/* atomic */
+static uint64_t last_serial;		/* atomic */
 
 /* ---- module ------------------------------------------------------------ */
 
@@ -103,7 +104,6 @@ create_vm(uint64_t type, int *fd)
 {
 	struct vmk_fd_ticket ticket;
 	struct vmk_vm *vm;
-	uint32_t lo, hi;
 	int error;
 
 	if (type != 0)
@@ -119,11 +119,11 @@ create_vm(uint64_t type, int *fd)
 		goto fail_count;
 	}
 	vm->obj.kind = VMK_OBJ_VM;
+	vm->serial = __atomic_add_fetch(&last_serial, 1, __ATOMIC_RELAXED);
 	vm->refs = 1;
 	vm->tlb_gen = 1;
 	vm->clock_offset = -vmk_time_ns();
-	__asm__ __volatile__("rdtsc" : "=a"(lo), "=d"(hi));
-	vm->tsc_base = -((uint64_t)hi << 32 | lo);
+	vm->tsc_base = -rdtsc();
 	vmk_mutex_init(&vm->lock, "vmk vm");
 	vmk_mutex_init(&vm->io_lock, "vmk io");
 	error = vmk_mem_init(vm);
@@ -414,7 +414,7 @@ static int
 pit_request(struct vmk_vm *vm, uint32_t request, uint64_t arg)
 {
 	struct abi_pit_state2 ps;
-	size_t size = (request >> 16) & 0x3fff;
+	size_t size = ABI_IOC_SIZE(request);
 	int error;
 
 	if (vm->irqchip_mode != VMK_IRQCHIP_KERNEL)
@@ -489,7 +489,7 @@ vm_arg_size(uint32_t request)
 	case ABI_REGISTER_COALESCED_MMIO: case ABI_UNREGISTER_COALESCED_MMIO:
 	case ABI_IRQFD: case ABI_CREATE_PIT2: case ABI_IOEVENTFD:
 	case ABI_SET_CLOCK: case ABI_ENABLE_CAP: case ABI_SET_IDENTITY_MAP_ADDR:
-		return ((request >> 16) & 0x3fff);
+		return (ABI_IOC_SIZE(request));
 	case ABI_REINJECT_CONTROL:
 		return (sizeof(struct abi_reinject_control));
 	default:

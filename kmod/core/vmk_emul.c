@@ -316,9 +316,10 @@ fetch(struct vmk_vcpu *vcpu, uint8_t bytes[VMK_INSN_MAX])
 	return (got);
 }
 
-static uint64_t
-rip_after(struct vmk_vcpu *vcpu, unsigned int len, unsigned int bits)
+uint64_t
+vmk_rip_after(struct vmk_vcpu *vcpu, unsigned int len)
 {
+	unsigned int bits = vmk_code_bits(vcpu);
 	uint64_t rip = vcpu->rip + len;
 
 	return (bits == 64 ? rip : rip & (bits == 32 ? 0xffffffffU : 0xffffU));
@@ -356,7 +357,7 @@ fetch_decode(struct vmk_vcpu *vcpu, struct vmk_insn *in, enum vmk_next *next)
 			return (false);
 		}
 	}
-	vcpu->em.next_rip = rip_after(vcpu, in->len, bits);
+	vcpu->em.next_rip = vmk_rip_after(vcpu, in->len);
 	return (true);
 }
 
@@ -828,17 +829,21 @@ write_cr8(struct vmk_vcpu *vcpu, uint64_t v)
 
 /*
  * A write to CR0 that changes more than TS or MP, to CR4, or to CR8.  The
- * processor has checked the privilege before the intercept.
+ * processor has checked the privilege before the intercept, and may have
+ * decoded a MOV.
  */
 enum vmk_next
-vmk_emul_cr(struct vmk_vcpu *vcpu)
+vmk_emul_cr(struct vmk_vcpu *vcpu, const struct vmk_exit *x)
 {
-	struct vmk_insn in;
+	struct vmk_insn in = { .op = VMK_OP_MOV_TO_CR, .reg = x->mov_cr.cr,
+		.rm = x->mov_cr.gpr };
 	enum vmk_next next;
 	uint64_t v = 0, cr0 = creg(vcpu, VMK_CR0), gva, gpa;
 	int error;
 
-	if (!fetch_decode(vcpu, &in, &next))
+	if (x->mov_cr.valid && x->insn_len != 0)
+		vcpu->em.next_rip = vmk_rip_after(vcpu, x->insn_len);
+	else if (!fetch_decode(vcpu, &in, &next))
 		return (next);
 	switch (in.op) {
 	case VMK_OP_CLTS:
@@ -999,7 +1004,6 @@ emul_string_io(struct vmk_vcpu *vcpu, uint16_t port, unsigned int size,
 	if (!linear(vcpu, seg, off, size, in, &gva))
 		return (VMK_RUN_AGAIN);
 	n = string_batch(vcpu, seg, off, gva, size, count);
-	em->port = port;
 	if (in) {
 		/* Fault before the device is asked, not after. */
 		tr = translate(vcpu, gva, true, &gpa);

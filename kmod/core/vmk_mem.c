@@ -340,18 +340,28 @@ pte_make(struct vmk_mem *mem, uint64_t gfn, unsigned int level)
 	return (&t[pte_index(gfn, level)]);
 }
 
+static void
+mark_dirty(struct vmk_slot *s, uint64_t gfn)
+{
+	uint64_t rel = gfn - s->gfn;
+
+	if (s->dirty != NULL)
+		s->dirty[rel / 64] |= 1ULL << (rel % 64);
+}
+
 /*
- * Clear every entry for [gfn, end) below table t of that level.  A table that
+ * Clear every entry for [gfn, end) of a slot below table t of that level.
+ * Dirty bits go to the slot's log, which has only small leaves.  A table that
  * becomes empty is unlinked and put on *gone; the processor may still be
  * walking it, so it is freed after the flush.  Its first word is the link;
  * the address of a table has bit 0 clear, which reads as not present.
  * Returns whether t itself is empty now.
  */
 static bool
-npt_zap(uint64_t *t, unsigned int level, uint64_t gfn, uint64_t end,
-    uint64_t **gone)
+npt_zap(struct vmk_slot *s, uint64_t *t, unsigned int level, uint64_t gfn,
+    uint64_t end, uint64_t **gone)
 {
-	uint64_t span = 1ULL << (9 * (level - 1)), base, *sub;
+	uint64_t span = 1ULL << (9 * (level - 1)), base, old, *sub;
 	unsigned int i;
 
 	base = gfn & ~(span * 512 - 1);
@@ -363,11 +373,13 @@ npt_zap(uint64_t *t, unsigned int level, uint64_t gfn, uint64_t end,
 		if (!pte_present(pte))
 			continue;
 		if (level == 1 || (pte & vmk_arch->pte.large) != 0) {
-			pte_set(&t[i], 0);
+			old = __atomic_exchange_n(&t[i], 0, __ATOMIC_SEQ_CST);
+			if ((old & vmk_arch->pte.dirty) != 0)
+				mark_dirty(s, from);
 			continue;
 		}
 		sub = pte_table(pte);
-		if (npt_zap(sub, level - 1, gfn > from ? gfn : from,
+		if (npt_zap(s, sub, level - 1, gfn > from ? gfn : from,
 		    end < from + span ? end : from + span, gone)) {
 			pte_set(&t[i], 0);
 			sub[0] = (uint64_t)(uintptr_t)*gone;
@@ -393,11 +405,11 @@ free_gone(struct vmk_mem *mem, uint64_t *gone)
 
 /* Forget all translations of a slot, everywhere. */
 static void
-slot_zap(struct vmk_vm *vm, const struct vmk_slot *s)
+slot_zap(struct vmk_vm *vm, struct vmk_slot *s)
 {
 	uint64_t *gone = NULL;
 
-	(void)npt_zap(vm->mem.npt, vmk_arch->pte.levels, s->gfn,
+	(void)npt_zap(s, vm->mem.npt, vmk_arch->pte.levels, s->gfn,
 	    s->gfn + s->npages, &gone);
 	vmk_vm_flush(vm);
 	free_gone(&vm->mem, gone);
@@ -474,15 +486,6 @@ vmk_mem_fault(struct vmk_vm *vm, uint64_t gpa, bool write, int *error)
 }
 
 /* ---- the core's own access --------------------------------------------- */
-
-static void
-mark_dirty(struct vmk_slot *s, uint64_t gfn)
-{
-	uint64_t rel = gfn - s->gfn;
-
-	if (s->dirty != NULL)
-		s->dirty[rel / 64] |= 1ULL << (rel % 64);
-}
 
 /*
  * The kernel address of one guest page, good while mem.lock is held.
@@ -562,11 +565,19 @@ vmk_gpa_or(struct vmk_vm *vm, uint64_t gpa, uint32_t bits, bool wide)
 	if ((gpa & (wide ? 7 : 3)) != 0)
 		return (VMK_EINVAL);
 	vmk_mutex_enter(&vm->mem.lock);
+	error = guest_page(vm, gpa, false, &va);
+	/*
+	 * The flags are in the low half of either entry size.  What has them
+	 * already is not written and so not logged.
+	 */
+	if (error == 0 && (__atomic_load_n((uint32_t *)(void *)va,
+	    __ATOMIC_RELAXED) & bits) == bits)
+		goto out;
 	error = guest_page(vm, gpa, true, &va);
-	/* The flags are in the low half of either entry size. */
 	if (error == 0)
 		__atomic_fetch_or((uint32_t *)(void *)va, bits,
 		    __ATOMIC_SEQ_CST);
+out:
 	vmk_mutex_exit(&vm->mem.lock);
 	return (error);
 }

@@ -14,7 +14,7 @@
  *
  * Numbers: SDM 4, APM 2 appendix A.
  */
-#include "vmk_arch.h"
+#include "x86.h"
 #include "vmk_irqchip.h"
 
 #define	MSR_TSC			0x10
@@ -43,7 +43,6 @@
 #define	MSR_TSC_DEADLINE	0x6e0
 #define	MSR_X2APIC_FIRST	0x800
 #define	MSR_X2APIC_LAST		0x8ff
-#define	MSR_EFER		0xc0000080
 #define	MSR_STAR		0xc0000081
 #define	MSR_LSTAR		0xc0000082
 #define	MSR_CSTAR		0xc0000083
@@ -71,15 +70,6 @@ vmk_msr_list(unsigned int *n)
 {
 	*n = VMK_ARRAY_LEN(msr_list);
 	return (msr_list);
-}
-
-static uint64_t
-rdtsc(void)
-{
-	uint32_t lo, hi;
-
-	__asm__ __volatile__("rdtsc" : "=a"(lo), "=d"(hi));
-	return ((uint64_t)hi << 32 | lo);
 }
 
 /* ---- control registers ------------------------------------------------- */

@@ -28,6 +28,12 @@
 
 /* ---- attention --------------------------------------------------------- */
 
+/*
+ * Whoever changes translations moves vm->tlb_gen and then looks at in_guest
+ * and entries; here these two are written first and the generation is read
+ * last.  So either this entry sees the new generation, or vmk_vm_flush() sees
+ * this entry and waits for its end.
+ */
 bool
 vmk_run_ready(struct vmk_vcpu *vcpu, bool *flush)
 {
@@ -39,10 +45,10 @@ vmk_run_ready(struct vmk_vcpu *vcpu, bool *flush)
 	if (__atomic_load_n(&vcpu->requests, __ATOMIC_SEQ_CST) != 0 ||
 	    vmk_must_leave())
 		return (false);
+	__atomic_add_fetch(&vcpu->entries, 1, __ATOMIC_SEQ_CST);
 	gen = __atomic_load_n(&vcpu->vm->tlb_gen, __ATOMIC_SEQ_CST);
 	*flush = gen != vcpu->tlb_gen;
 	vcpu->tlb_gen = gen;
-	__atomic_add_fetch(&vcpu->entries, 1, __ATOMIC_SEQ_CST);
 	return (true);
 }
 
@@ -289,7 +295,6 @@ choose_irq(struct vmk_vcpu *vcpu, struct vmk_entry *e)
 	if (vector < 0)
 		return;
 	ev->irq_injected = true;
-	ev->irq_soft = false;
 	ev->irq_vector = (uint8_t)vector;
 	e->inject = VMK_INJ_IRQ;
 	e->vector = ev->irq_vector;
@@ -343,15 +348,9 @@ prepare(struct vmk_vcpu *vcpu, struct vmk_entry *e)
 static enum vmk_next
 finish(struct vmk_vcpu *vcpu, const struct vmk_exit *x)
 {
-	unsigned int bits;
-	uint64_t rip;
-
 	if (x->insn_len == 0)
 		return (vmk_skip(vcpu));
-	bits = vmk_code_bits(vcpu);
-	rip = vcpu->rip + x->insn_len;
-	vmk_advance(vcpu, bits == 64 ? rip :
-	    rip & (bits == 32 ? 0xffffffffU : 0xffffU));
+	vmk_advance(vcpu, vmk_rip_after(vcpu, x->insn_len));
 	return (VMK_RUN_AGAIN);
 }
 
@@ -449,8 +448,9 @@ serve_nested_fault(struct vmk_vcpu *vcpu, const struct vmk_exit *x)
 	/* The guest's tables, or its stack or IDT, are not in memory. */
 	if (x->kind == VMK_X_NESTED_WALK)
 		return (exit_internal(vcpu, ABI_INTERNAL_EMULATION, x));
-	if (vcpu->ev.exc_injected || vcpu->ev.irq_injected ||
-	    vcpu->ev.nmi_injected)
+	/* An interrupt that still waits for IF was not under way. */
+	if (vcpu->ev.exc_injected || vcpu->ev.nmi_injected ||
+	    (vcpu->ev.irq_injected && irq_allowed(vcpu)))
 		return (exit_internal(vcpu, ABI_INTERNAL_DELIVERY_EV, x));
 	return (vmk_emul_mmio(vcpu));
 }
@@ -464,11 +464,8 @@ serve_exception(struct vmk_vcpu *vcpu, const struct vmk_exit *x)
 			return (exit_debug(vcpu, VMK_DB));
 		vmk_inject(vcpu, VMK_DB, false, 0);
 		return (VMK_RUN_AGAIN);
-	case VMK_BP:
-		if ((vcpu->guest_debug & ABI_GUESTDBG_USE_SW_BP) != 0)
-			return (exit_debug(vcpu, VMK_BP));
-		vmk_inject(vcpu, VMK_BP, false, 0);
-		return (VMK_RUN_AGAIN);
+	case VMK_BP:			/* intercepted only for this */
+		return (exit_debug(vcpu, VMK_BP));
 	case VMK_AC:
 		vmk_inject(vcpu, VMK_AC, true, x->error_code);
 		return (VMK_RUN_AGAIN);
@@ -522,7 +519,7 @@ serve_slow(struct vmk_vcpu *vcpu, const struct vmk_exit *x)
 	case VMK_X_CACHE: case VMK_X_PAUSE:
 		return (finish(vcpu, x));
 	case VMK_X_CR_WRITE:
-		return (vmk_emul_cr(vcpu));
+		return (vmk_emul_cr(vcpu, x));
 	case VMK_X_HYPERCALL:
 		/* -KVM_ENOSYS */
 		vcpu->gpr[VMK_RAX] = (uint64_t)-1000;
@@ -624,18 +621,12 @@ serve_requests(struct vmk_vcpu *vcpu)
 	return (VMK_RUN_AGAIN);
 }
 
-/* Does a vCPU that does not execute have a reason to look around? */
+/* Does an event end HLT? */
 static bool
-has_reason(void *arg)
+ends_halt(struct vmk_vcpu *vcpu)
 {
-	struct vmk_vcpu *vcpu = arg;
 	const struct vmk_event_state *ev = &vcpu->ev;
-	uint32_t req = __atomic_load_n(&vcpu->requests, __ATOMIC_SEQ_CST);
 
-	if ((req & ~VMK_REQ_EVENT) != 0)
-		return (true);
-	if (vcpu->mp_state != ABI_MP_HALTED)
-		return (false);
 	if (ev->exc_pending || ev->exc_injected || ev->nmi_injected ||
 	    (ev->nmi_pending > 0 && !ev->nmi_masked))
 		return (true);
@@ -643,18 +634,27 @@ has_reason(void *arg)
 	    (vcpu->lapic != NULL && vmk_irq_pending(vcpu) >= 0)));
 }
 
-/* Sleep in HLT or wait for start-up.  0: executes again. */
+/* Does a vCPU that does not execute have a reason to look around? */
+static bool
+has_reason(void *arg)
+{
+	struct vmk_vcpu *vcpu = arg;
+	uint32_t req = __atomic_load_n(&vcpu->requests, __ATOMIC_SEQ_CST);
+
+	return ((req & ~VMK_REQ_EVENT) != 0 ||
+	    (vcpu->mp_state == ABI_MP_HALTED && ends_halt(vcpu)));
+}
+
+/* Sleep in HLT or wait for start-up; 0: look around. */
 static int
 idle(struct vmk_vcpu *vcpu)
 {
 	int error;
 
 	error = vmk_wait_sig(&vcpu->waitq, has_reason, vcpu);
-	if (error != 0)
-		return (error);
-	if (vcpu->mp_state == ABI_MP_HALTED)
+	if (error == 0 && vcpu->mp_state == ABI_MP_HALTED && ends_halt(vcpu))
 		vcpu->mp_state = ABI_MP_RUNNABLE;
-	return (0);
+	return (error);
 }
 
 static int
@@ -699,7 +699,7 @@ publish(struct vmk_vcpu *vcpu)
 
 	run->if_flag = (vcpu->rflags & RFLAGS_IF) != 0;
 	run->flags = 0;
-	run->cr8 = vmk_arch->get_creg(vcpu, VMK_CR8);
+	run->cr8 = vmk_vcpu_cr8(vcpu);
 	run->apic_base = vcpu->apic_base;
 	run->ready_for_interrupt_injection =
 	    vcpu->vm->irqchip_mode == VMK_IRQCHIP_KERNEL ||

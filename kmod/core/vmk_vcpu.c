@@ -200,6 +200,13 @@ vmk_vcpu_create(struct vmk_vm *vm, uint32_t id, int *fd)
 
 /* ---- general and segment registers ------------------------------------- */
 
+uint64_t
+vmk_vcpu_cr8(struct vmk_vcpu *vcpu)
+{
+	return (vcpu->lapic != NULL ? vmk_lapic_get_cr8(vcpu) :
+	    vmk_arch->get_creg(vcpu, VMK_CR8));
+}
+
 static const uint8_t regs_order[VMK_NGPR] = { VMK_RAX, VMK_RBX, VMK_RCX,
 	VMK_RDX, VMK_RSI, VMK_RDI, VMK_RSP, VMK_RBP, VMK_R8, VMK_R9, VMK_R10,
 	VMK_R11, VMK_R12, VMK_R13, VMK_R14, VMK_R15 };
@@ -307,11 +314,10 @@ get_sregs(struct vmk_vcpu *vcpu, struct abi_sregs *a)
 	a->cr2 = vmk_arch->get_creg(vcpu, VMK_CR2);
 	a->cr3 = vmk_arch->get_creg(vcpu, VMK_CR3);
 	a->cr4 = vmk_arch->get_creg(vcpu, VMK_CR4);
-	a->cr8 = vcpu->lapic != NULL ? vmk_lapic_get_cr8(vcpu) :
-	    vmk_arch->get_creg(vcpu, VMK_CR8);
+	a->cr8 = vmk_vcpu_cr8(vcpu);
 	a->efer = vmk_arch->get_creg(vcpu, VMK_EFER);
 	a->apic_base = vcpu->apic_base;
-	if (ev->irq_injected && !ev->irq_soft)
+	if (ev->irq_injected)
 		a->interrupt_bitmap[ev->irq_vector / 64] |=
 		    1ULL << (ev->irq_vector % 64);
 	return (0);
@@ -375,7 +381,6 @@ set_sregs(struct vmk_vcpu *vcpu, const struct abi_sregs *a)
 			if ((a->interrupt_bitmap[i / 64] >> (i % 64) & 1) == 0)
 				continue;
 			vcpu->ev.irq_injected = true;
-			vcpu->ev.irq_soft = false;
 			vcpu->ev.irq_vector = (uint8_t)i;
 			break;
 		}
@@ -548,7 +553,6 @@ set_events(struct vmk_vcpu *vcpu, const struct abi_vcpu_events *a)
 	ev->exc_error = a->exception.error_code;
 	ev->irq_injected = a->interrupt.injected != 0;
 	ev->irq_vector = a->interrupt.nr;
-	ev->irq_soft = false;
 	if ((a->flags & ABI_VCPUEVENT_SHADOW) != 0)
 		vmk_arch->set_shadow(vcpu, a->interrupt.shadow & 3U);
 	ev->nmi_injected = a->nmi.injected != 0;
@@ -608,7 +612,6 @@ interrupt(struct vmk_vcpu *vcpu, const struct abi_interrupt *a)
 	if (vcpu->ev.irq_injected)
 		return (VMK_EEXIST);
 	vcpu->ev.irq_injected = true;
-	vcpu->ev.irq_soft = false;
 	vcpu->ev.irq_vector = (uint8_t)a->irq;
 	return (0);
 }
@@ -799,57 +802,44 @@ set_vapic(struct vmk_vcpu *vcpu, const struct abi_vapic_addr *a)
 	return (vcpu->lapic == NULL ? VMK_EINVAL : 0);
 }
 
-#define	H(req, member, call)						\
-	case ABI_##req:							\
-		return (call(vcpu, &u->member))
+/*
+ * Request, member of the union, handler.  Direction and size in the numbers
+ * of these are honest.
+ */
+#define	STRUCTURED(H)							\
+	H(ABI_GET_REGS, regs, get_regs)					\
+	H(ABI_SET_REGS, regs, set_regs)					\
+	H(ABI_GET_SREGS, sregs, get_sregs)				\
+	H(ABI_SET_SREGS, sregs, set_sregs)				\
+	H(ABI_GET_FPU, fpu, get_fpu)					\
+	H(ABI_SET_FPU, fpu, set_fpu)					\
+	H(ABI_GET_XSAVE, xsave, get_xsave)				\
+	H(ABI_SET_XSAVE, xsave, set_xsave)				\
+	H(ABI_GET_XCRS, xcrs, get_xcrs)					\
+	H(ABI_SET_XCRS, xcrs, set_xcrs)					\
+	H(ABI_GET_DEBUGREGS, debugregs, get_debugregs)			\
+	H(ABI_SET_DEBUGREGS, debugregs, set_debugregs)			\
+	H(ABI_GET_VCPU_EVENTS, events, get_events)			\
+	H(ABI_SET_VCPU_EVENTS, events, set_events)			\
+	H(ABI_GET_MP_STATE, mp_state, get_mp_state)			\
+	H(ABI_SET_MP_STATE, mp_state, set_mp_state)			\
+	H(ABI_INTERRUPT, interrupt, interrupt)				\
+	H(ABI_SET_GUEST_DEBUG, guest_debug, set_guest_debug)		\
+	H(ABI_TRANSLATE, translation, translate)			\
+	H(ABI_GET_LAPIC, lapic, lapic_get)				\
+	H(ABI_SET_LAPIC, lapic, lapic_set)				\
+	H(ABI_SET_VAPIC_ADDR, vapic, set_vapic)
 
-static int
-vcpu_structured(struct vmk_vcpu *vcpu, uint32_t request, union vcpu_arg *u)
-{
-	switch (request) {
-	H(GET_REGS, regs, get_regs);
-	H(SET_REGS, regs, set_regs);
-	H(GET_SREGS, sregs, get_sregs);
-	H(SET_SREGS, sregs, set_sregs);
-	H(GET_FPU, fpu, get_fpu);
-	H(SET_FPU, fpu, set_fpu);
-	H(GET_XSAVE, xsave, get_xsave);
-	H(SET_XSAVE, xsave, set_xsave);
-	H(GET_XCRS, xcrs, get_xcrs);
-	H(SET_XCRS, xcrs, set_xcrs);
-	H(GET_DEBUGREGS, debugregs, get_debugregs);
-	H(SET_DEBUGREGS, debugregs, set_debugregs);
-	H(GET_VCPU_EVENTS, events, get_events);
-	H(SET_VCPU_EVENTS, events, set_events);
-	H(GET_MP_STATE, mp_state, get_mp_state);
-	H(SET_MP_STATE, mp_state, set_mp_state);
-	H(INTERRUPT, interrupt, interrupt);
-	H(SET_GUEST_DEBUG, guest_debug, set_guest_debug);
-	H(TRANSLATE, translation, translate);
-	H(GET_LAPIC, lapic, lapic_get);
-	H(SET_LAPIC, lapic, lapic_set);
-	H(SET_VAPIC_ADDR, vapic, set_vapic);
-	default:
-		return (VMK_ENOTTY);
-	}
-}
+#define	H_NAME(req, member, call)	case req:
+#define	H_CALL(req, member, call)					\
+	case req:							\
+		return (call(vcpu, &u->member));
 
-/* Direction and size of those; their encoding in the request is honest. */
 static bool
-is_structured(uint32_t request, size_t *size, bool *in, bool *out)
+is_structured(uint32_t request)
 {
-	*size = (request >> 16) & 0x3fff;
-	*in = (request >> 30 & 1) != 0;
-	*out = (request >> 31 & 1) != 0;
 	switch (request) {
-	case ABI_GET_REGS: case ABI_SET_REGS: case ABI_GET_SREGS:
-	case ABI_SET_SREGS: case ABI_GET_FPU: case ABI_SET_FPU:
-	case ABI_GET_XSAVE: case ABI_SET_XSAVE: case ABI_GET_XCRS:
-	case ABI_SET_XCRS: case ABI_GET_DEBUGREGS: case ABI_SET_DEBUGREGS:
-	case ABI_GET_VCPU_EVENTS: case ABI_SET_VCPU_EVENTS:
-	case ABI_GET_MP_STATE: case ABI_SET_MP_STATE: case ABI_INTERRUPT:
-	case ABI_SET_GUEST_DEBUG: case ABI_TRANSLATE: case ABI_GET_LAPIC:
-	case ABI_SET_LAPIC: case ABI_SET_VAPIC_ADDR:
+	STRUCTURED(H_NAME)
 		return (true);
 	default:
 		return (false);
@@ -857,23 +847,32 @@ is_structured(uint32_t request, size_t *size, bool *in, bool *out)
 }
 
 static int
+vcpu_structured(struct vmk_vcpu *vcpu, uint32_t request, union vcpu_arg *u)
+{
+	switch (request) {
+	STRUCTURED(H_CALL)
+	default:
+		return (VMK_ENOTTY);
+	}
+}
+
+static int
 vcpu_request(struct vmk_vcpu *vcpu, uint32_t request, uint64_t arg,
     int *result)
 {
-	bool in, out;
+	size_t size = ABI_IOC_SIZE(request);
 	union vcpu_arg *u;
-	size_t size;
 	int error = 0;
 
-	if (is_structured(request, &size, &in, &out)) {
+	if (is_structured(request)) {
 		u = vmk_alloc(sizeof(*u));	/* zeroed */
 		if (u == NULL)
 			return (VMK_ENOMEM);
-		if (in)
+		if ((request & ABI_IOC_IN) != 0)
 			error = vmk_copyin(arg, u, size);
 		if (error == 0)
 			error = vcpu_structured(vcpu, request, u);
-		if (error == 0 && out)
+		if (error == 0 && (request & ABI_IOC_OUT) != 0)
 			error = vmk_copyout(u, arg, size);
 		vmk_free(u, sizeof(*u));
 		return (error);

@@ -41,13 +41,10 @@
 /* ---- architecture constants (SDM volume 3A, APM volume 2) -------------- */
 
 #define	CR0_PE		0x00000001UL
-#define	CR0_MP		0x00000002UL
-#define	CR0_EM		0x00000004UL
 #define	CR0_TS		0x00000008UL
 #define	CR0_ET		0x00000010UL
 #define	CR0_NE		0x00000020UL
 #define	CR0_WP		0x00010000UL
-#define	CR0_AM		0x00040000UL
 #define	CR0_NW		0x20000000UL
 #define	CR0_CD		0x40000000UL
 #define	CR0_PG		0x80000000UL
@@ -68,14 +65,12 @@
 #define	CR4_OSXSAVE	0x00040000UL
 #define	CR4_SMEP	0x00100000UL
 #define	CR4_SMAP	0x00200000UL
-#define	CR4_PKE		0x00400000UL
 
 #define	EFER_SCE	0x0001UL
 #define	EFER_LME	0x0100UL
 #define	EFER_LMA	0x0400UL
 #define	EFER_NXE	0x0800UL
 #define	EFER_SVME	0x1000UL
-#define	EFER_FFXSR	0x4000UL
 
 #define	RFLAGS_CF	0x00000001UL
 #define	RFLAGS_FIXED	0x00000002UL	/* bit 1 reads as one */
@@ -192,9 +187,7 @@ struct vmk_event_state {
 	bool		exc_has_error;
 	uint32_t	exc_error;
 	bool		irq_injected;
-	bool		irq_soft;
 	uint8_t		irq_vector;
-	uint8_t		insn_len;	/* of a software interrupt */
 	bool		nmi_injected;
 	uint8_t		nmi_pending;
 	bool		nmi_masked;
@@ -233,7 +226,6 @@ struct vmk_emul {
 	uint64_t	 reg_value, flags;
 	uint64_t	 rip;		/* to which pending belongs */
 	/* port access */
-	uint16_t	 port;
 	uint8_t		 size;
 	uint32_t	 count;
 };
@@ -242,6 +234,7 @@ struct vmk_object {
 	enum { VMK_OBJ_VM = 1, VMK_OBJ_VCPU } kind;
 };
 
+struct vmk_exit;
 struct vmk_lapic;
 struct vmk_vm;
 
@@ -314,6 +307,7 @@ struct vmk_irqchip;		/* PIC, I/O APIC, PIT, routing, irqfds */
 
 struct vmk_vm {
 	struct vmk_object obj;
+	uint64_t	 serial;		/* no other ever has it */
 	uint32_t	 refs;			/* atomic, open descriptors */
 	struct vmk_mutex lock;
 	struct vmk_mm	*mm;
@@ -388,6 +382,7 @@ void	vmk_mem_unmapped(void *arg, uint64_t hva, uint64_t len);
 int	vmk_vcpu_create(struct vmk_vm *, uint32_t id, int *fd);
 void	vmk_vcpu_destroy(struct vmk_vcpu *);
 void	vmk_vcpu_reset(struct vmk_vcpu *, bool init);
+uint64_t vmk_vcpu_cr8(struct vmk_vcpu *);
 int	vmk_vcpu_ioctl(struct vmk_vcpu *, uint32_t request, uint64_t arg,
 	    int *result);
 
@@ -425,9 +420,11 @@ uint64_t vmk_alu(unsigned int op, uint64_t a, uint64_t b, unsigned int size,
 	    uint64_t *flags);
 /* Move RIP past the instruction there, whose length nobody told us. */
 enum vmk_next vmk_skip(struct vmk_vcpu *);
+/* RIP behind an instruction of len bytes, and the step to there. */
+uint64_t vmk_rip_after(struct vmk_vcpu *, unsigned int len);
 void	vmk_advance(struct vmk_vcpu *, uint64_t next_rip);
 enum vmk_next vmk_emul_mmio(struct vmk_vcpu *);
-enum vmk_next vmk_emul_cr(struct vmk_vcpu *);
+enum vmk_next vmk_emul_cr(struct vmk_vcpu *, const struct vmk_exit *);
 enum vmk_next vmk_emul_io(struct vmk_vcpu *, uint16_t port, unsigned int size,
 	    bool in, bool string, uint64_t next_rip);
 /* Finish what the last exit left to user space. */

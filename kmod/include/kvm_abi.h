@@ -31,6 +31,9 @@
 #define	ABI_IOC(dir, nr, size)						\
 	(((uint32_t)(dir) << 30) | ((uint32_t)(size) << 16) |		\
 	    0xAE00U | (uint32_t)(nr))
+#define	ABI_IOC_SIZE(request)	((request) >> 16 & 0x3fffU)
+#define	ABI_IOC_IN		0x40000000U
+#define	ABI_IOC_OUT		0x80000000U
 #define	ABI_IO(nr)		ABI_IOC(0, nr, 0)
 #define	ABI_IOW(nr, type)	ABI_IOC(1, nr, sizeof(type))
 #define	ABI_IOR(nr, type)	ABI_IOC(2, nr, sizeof(type))
@@ -232,7 +235,6 @@ struct abi_guest_debug {
 #define	ABI_GUESTDBG_ENABLE		0x00000001U
 #define	ABI_GUESTDBG_SINGLESTEP		0x00000002U
 #define	ABI_GUESTDBG_USE_SW_BP		0x00010000U
-#define	ABI_GUESTDBG_USE_HW_BP		0x00020000U
 
 /* ---- memory ------------------------------------------------------------ */
 
@@ -464,7 +466,6 @@ struct abi_enable_cap {
 
 #define	ABI_EXIT_UNKNOWN		0
 #define	ABI_EXIT_IO			2
-#define	ABI_EXIT_HYPERCALL		3
 #define	ABI_EXIT_DEBUG			4
 #define	ABI_EXIT_HLT			5
 #define	ABI_EXIT_MMIO			6
@@ -480,7 +481,6 @@ struct abi_enable_cap {
 #define	ABI_EXIT_IO_OUT			1
 
 #define	ABI_INTERNAL_EMULATION		1
-#define	ABI_INTERNAL_SIMUL_EX		2
 #define	ABI_INTERNAL_DELIVERY_EV	3
 #define	ABI_INTERNAL_UNEXPECTED_EXIT	4
 #define	ABI_EMULATION_FLAG_INSN_BYTES	1ULL
@@ -554,7 +554,6 @@ struct abi_run {
 #define	ABI_CHECK_EXTENSION		ABI_IO(0x03)	/* also on a VM */
 #define	ABI_GET_VCPU_MMAP_SIZE		ABI_IO(0x04)
 #define	ABI_GET_SUPPORTED_CPUID		ABI_IOWR(0x05, struct abi_cpuid2)
-#define	ABI_GET_EMULATED_CPUID		ABI_IOWR(0x09, struct abi_cpuid2)
 #define	ABI_GET_MSR_FEATURE_INDEX_LIST	ABI_IOWR(0x0a, struct abi_msr_list)
 #define	ABI_X86_GET_MCE_CAP_SUPPORTED	ABI_IOR(0x9d, uint64_t)
 
@@ -610,7 +609,6 @@ struct abi_run {
 #define	ABI_SET_MP_STATE		ABI_IOW(0x99, struct abi_mp_state)
 #define	ABI_NMI				ABI_IO(0x9a)
 #define	ABI_SET_GUEST_DEBUG		ABI_IOW(0x9b, struct abi_guest_debug)
-#define	ABI_X86_SETUP_MCE		ABI_IOW(0x9c, uint64_t)
 #define	ABI_GET_VCPU_EVENTS		ABI_IOR(0x9f, struct abi_vcpu_events)
 #define	ABI_SET_VCPU_EVENTS		ABI_IOW(0xa0, struct abi_vcpu_events)
 #define	ABI_GET_DEBUGREGS		ABI_IOR(0xa1, struct abi_debugregs)
@@ -620,7 +618,6 @@ struct abi_run {
 #define	ABI_SET_XSAVE			ABI_IOW(0xa5, struct abi_xsave)
 #define	ABI_GET_XCRS			ABI_IOR(0xa6, struct abi_xcrs)
 #define	ABI_SET_XCRS			ABI_IOW(0xa7, struct abi_xcrs)
-#define	ABI_KVMCLOCK_CTRL		ABI_IO(0xad)
 
 /* ---- capabilities ------------------------------------------------------ */
 
@@ -642,7 +639,6 @@ struct abi_run {
 #define	ABI_CAP_IRQ_ROUTING			25
 #define	ABI_CAP_IRQ_INJECT_STATUS		26
 #define	ABI_CAP_JOIN_MEMORY_REGIONS_WORKS	30
-#define	ABI_CAP_MCE				31
 #define	ABI_CAP_IRQFD				32
 #define	ABI_CAP_PIT2				33
 #define	ABI_CAP_SET_BOOT_CPU_ID			34
@@ -655,10 +651,8 @@ struct abi_run {
 #define	ABI_CAP_INTR_SHADOW			49
 #define	ABI_CAP_DEBUGREGS			50
 #define	ABI_CAP_X86_ROBUST_SINGLESTEP		51
-#define	ABI_CAP_ENABLE_CAP			54
 #define	ABI_CAP_XSAVE				55
 #define	ABI_CAP_XCRS				56
-#define	ABI_CAP_TSC_CONTROL			60
 #define	ABI_CAP_GET_TSC_KHZ			61
 #define	ABI_CAP_MAX_VCPUS			66
 #define	ABI_CAP_TSC_DEADLINE_TIMER		72

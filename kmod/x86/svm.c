@@ -49,6 +49,7 @@
 #define	CLEAN_IOPM		0x02U
 #define	CLEAN_ASID		0x04U
 #define	CLEAN_NP		0x10U
+#define	CLEAN_ALWAYS		(CLEAN_IOPM | CLEAN_ASID | CLEAN_NP)
 
 #define	TLB_FLUSH_ALL		1
 #define	TLB_FLUSH_GUEST		3
@@ -60,7 +61,7 @@ struct svm_cpu {
 	uint32_t	 on_gen;	/* == svm_gen: SVME is set here */
 	uint64_t	 asid_gen;
 	uint32_t	 next_asid;
-	struct vmk_vm	*last_vm;	/* x86_load() */
+	uint64_t	 last_vm;	/* x86_load() */
 };
 
 struct svm_vcpu {
@@ -550,7 +551,6 @@ take_back(struct vmk_vcpu *vcpu, uint64_t info)
 	switch (info & SVM_EV_TYPE) {
 	case SVM_EV_INTR:
 		ev->irq_injected = true;
-		ev->irq_soft = false;
 		ev->irq_vector = vector;
 		break;
 	case SVM_EV_NMI:
@@ -658,6 +658,14 @@ decode_exit(struct svm_vmcb *v, struct vmk_exit *x)
 		x->kind = (v->exitinfo1 & 1) != 0 ? VMK_X_WRMSR : VMK_X_RDMSR;
 	else
 		x->kind = simple_kind(v->exitcode);
+	/* A MOV and its register; CLTS and LMSW have bit 63 clear: 15.8.1. */
+	if (x->kind == VMK_X_CR_WRITE && (v->exitinfo1 >> 63) != 0 &&
+	    (svm_features & FEATURE_DECODE) != 0) {
+		x->mov_cr.valid = true;
+		x->mov_cr.cr = v->exitcode == SVM_X_CR0_SEL ? 0 :
+		    v->exitcode & 0xf;
+		x->mov_cr.gpr = v->exitinfo1 & 0xf;
+	}
 	if ((svm_features & FEATURE_NRIPS) != 0 && v->next_rip > v->rip &&
 	    v->next_rip - v->rip <= VMK_INSN_MAX)
 		x->insn_len = (uint8_t)(v->next_rip - v->rip);
@@ -709,8 +717,8 @@ svm_enter(struct vmk_vcpu *vcpu, const struct vmk_entry *e,
 	take_back(vcpu, v->exitcode == SVM_X_INVALID ? v->eventinj :
 	    v->exitintinfo);
 	v->eventinj = 0;
-	if (svm_hv == NULL && (svm_features & FEATURE_CLEAN) != 0)
-		v->clean = CLEAN_IOPM | CLEAN_ASID | CLEAN_NP;
+	v->clean = svm_hv == NULL && (svm_features & FEATURE_CLEAN) != 0 &&
+	    v->exitcode != SVM_X_INVALID ? CLEAN_ALWAYS : 0;
 	decode_exit(v, x);
 }
 

@@ -26,8 +26,6 @@
 #define	SVM_I3_INVLPGA		0x04000000U
 #define	SVM_I3_IO		0x08000000U
 #define	SVM_I3_MSR		0x10000000U
-#define	SVM_I3_TASK		0x20000000U
-#define	SVM_I3_FERR		0x40000000U
 #define	SVM_I3_SHUTDOWN		0x80000000U
 #define	SVM_I4_VMRUN		0x00000001U
 #define	SVM_I4_VMMCALL		0x00000002U
@@ -147,9 +145,7 @@ _Static_assert(sizeof(struct svm_vmcb) == 0x1000, "VMCB is one page");
 #define	SVM_EV_INTR		0x00000000U
 #define	SVM_EV_NMI		0x00000200U
 #define	SVM_EV_EXC		0x00000300U
-#define	SVM_EV_SOFT		0x00000400U
 
-#define	SVM_X_CR_READ		0x000U
 #define	SVM_X_CR_WRITE		0x010U
 #define	SVM_X_EXC		0x040U
 #define	SVM_X_INTR		0x060U
@@ -167,7 +163,6 @@ _Static_assert(sizeof(struct svm_vmcb) == 0x1000, "VMCB is one page");
 #define	SVM_X_INVLPGA		0x07aU
 #define	SVM_X_IO		0x07bU
 #define	SVM_X_MSR		0x07cU
-#define	SVM_X_TASK		0x07dU
 #define	SVM_X_SHUTDOWN		0x07fU
 #define	SVM_X_VMRUN		0x080U
 #define	SVM_X_VMMCALL		0x081U

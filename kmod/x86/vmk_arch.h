@@ -28,8 +28,7 @@ enum vmk_exit_kind {
 	VMK_X_XSETBV,
 	VMK_X_CACHE,		/* INVD, WBINVD */
 	VMK_X_PAUSE,
-	VMK_X_CR_WRITE,		/* CR0, CR4 or CR8; to be decoded */
-	VMK_X_CR8_READ,
+	VMK_X_CR_WRITE,		/* CR0, CR4 or CR8; mov_cr */
 	VMK_X_HYPERCALL,
 	VMK_X_EXCEPTION,	/* vector, error_code */
 	VMK_X_IRQ_WINDOW,
@@ -57,6 +56,10 @@ struct vmk_exit {
 		uint8_t		size;
 		bool		in, string;
 	} io;
+	struct {
+		bool		valid;	/* a MOV; else to be decoded */
+		uint8_t		cr, gpr;
+	} mov_cr;
 };
 
 /* What to deliver with this entry. */

@@ -47,7 +47,6 @@
 
 #define	CR0_HOST	(CR0_CD | CR0_NW | CR0_NE)
 #define	INVALIDATE_ONE	1UL		/* INVEPT and INVVPID, single context */
-#define	DR6_FIXED	0xffff0ff0UL
 #define	PENDING_BS	0x4000UL
 
 struct vmx_msr { uint32_t index, zero; uint64_t value; };
@@ -59,7 +58,7 @@ struct vmx_cpu {
 	uint32_t	*region;	/* for VMXON */
 	uint64_t	 region_pa;
 	uint32_t	 on_gen;	/* == vmx_gen: VMX is on here */
-	struct vmk_vm	*last_vm;	/* x86_load() */
+	uint64_t	 last_vm;	/* x86_load() */
 };
 
 /* Bits of vmx_vcpu.dirty. */
@@ -897,7 +896,6 @@ enter_current(struct vmk_vcpu *vcpu, struct vmx_vcpu *s,
 {
 	static const uint16_t zero;
 	struct vmx_saved h;
-	uint64_t dr6;
 	int failed;
 
 	if (!s->set_up) {
@@ -922,9 +920,7 @@ enter_current(struct vmk_vcpu *vcpu, struct vmx_vcpu *s,
 	failed = vmx_enter_guest(vcpu->gpr, s->launched);
 
 	READ_REG("cr2", s->creg[VMK_CR2]);
-	READ_REG("dr6", dr6);
-	__asm__ __volatile__("mov %0, %%dr6" : : "r"(DR6_FIXED));
-	s->creg[VMK_DR6] = dr6;
+	READ_REG("dr6", s->creg[VMK_DR6]);
 	restore_host(&h);
 	if (failed == 0) {
 		s->launched = true;
@@ -967,6 +963,8 @@ vmx_enter(struct vmk_vcpu *vcpu, const struct vmk_entry *e,
 	irq_enable();
 
 	if (failed != 0) {
+		/* A flush that was due may not have happened. */
+		s->cpu = ~0U;
 		x->kind = VMK_X_INVALID;
 		x->code = REASON_ENTRY_FAILED | v.qualification;
 		return;

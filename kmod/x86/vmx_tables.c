@@ -92,8 +92,6 @@ simple_kind(uint32_t reason)
 		return (VMK_X_GP);
 	case R_VMCALL:
 		return (VMK_X_HYPERCALL);
-	case R_CR:
-		return (VMK_X_CR_WRITE);
 	case R_RDMSR:
 		return (VMK_X_RDMSR);
 	case R_WRMSR:
@@ -159,12 +157,19 @@ vmx_decode(const struct vmx_exit *v, struct vmk_exit *x)
 	case R_IO:
 		decode_io(v, x);
 		return;
+	case R_CR:
+		/* SDM 3C table 28-3; CLTS and LMSW are decoded. */
+		x->kind = VMK_X_CR_WRITE;
+		x->mov_cr.valid = (v->qualification >> 4 & 3) == 0;
+		x->mov_cr.cr = v->qualification & 0xf;
+		x->mov_cr.gpr = v->qualification >> 8 & 0xf;
+		break;
 	default:
 		x->kind = simple_kind(reason);
-		if (v->insn_len <= VMK_INSN_MAX)
-			x->insn_len = (uint8_t)v->insn_len;
-		return;
+		break;
 	}
+	if (v->insn_len <= VMK_INSN_MAX)
+		x->insn_len = (uint8_t)v->insn_len;
 }
 
 /* Exceptions that push an error code: SDM 3A table 6-1. */
@@ -203,7 +208,6 @@ vmx_take_back(struct vmk_event_state *ev, uint32_t info, uint32_t error)
 	switch (INT_TYPE(info)) {
 	case INT_EXTERNAL:
 		ev->irq_injected = true;
-		ev->irq_soft = false;
 		ev->irq_vector = (uint8_t)info;
 		break;
 	case INT_NMI:

@@ -13,7 +13,8 @@
  * Debug registers 0-3 are not switched by either extension.  The host's are
  * put aside only if the host uses them; DR7 is cleared first so that no
  * breakpoint of the guest's can hit in the host, and no host breakpoint in
- * the guest (APM 2 15.5, SDM 3C 26.3.1).
+ * the guest (APM 2 15.5, SDM 3C 26.3.1).  What the guest left in DR6 would be
+ * taken for the cause of the host's next #DB.
  */
 #include "x86.h"
 
@@ -55,14 +56,13 @@ drs_read(uint64_t dr[4])
 }
 
 void
-x86_load(struct vmk_vcpu *vcpu, struct x86_host *h, struct vmk_vm **last,
-    bool ibpb)
+x86_load(struct vmk_vcpu *vcpu, struct x86_host *h, uint64_t *last, bool ibpb)
 {
 	/* What another guest taught the predictors is not for this one. */
-	if (*last != vcpu->vm) {
-		if (ibpb && *last != NULL)
+	if (*last != vcpu->vm->serial) {
+		if (ibpb && *last != 0)
 			wrmsr(MSR_PRED_CMD, PRED_CMD_IBPB);
-		*last = vcpu->vm;
+		*last = vcpu->vm->serial;
 	}
 	DR_READ(7, h->dr7);
 	if ((h->dr7 & DR7_ENABLED) != 0) {
@@ -79,11 +79,12 @@ x86_load(struct vmk_vcpu *vcpu, struct x86_host *h, struct vmk_vm **last,
 void
 x86_unload(struct vmk_vcpu *vcpu, struct x86_host *h)
 {
-	/* The guest may have changed XCR0 inside this section. */
-	if (xgetbv() != h->xcr0)
+	/* A section ends at an XSETBV, so this is what was loaded. */
+	if (vcpu->xcr0 != h->xcr0)
 		xsetbv(h->xcr0);
 	xsave(vcpu->xsave, vmk_xcr0_supported());
 	drs_read(vcpu->dr);
+	DR_WRITE(6, DR6_FIXED);
 	if ((h->dr7 & DR7_ENABLED) != 0) {
 		drs_write(h->dr);
 		DR_WRITE(7, h->dr7);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: BSD-2-Clause */
 /*
- * x86.h: processor instructions that SVM and VMX both need, and the FPU and
- * debug-register switch around a CPU section (x86.c).
+ * x86.h: processor instructions, and the FPU and debug-register switch around
+ * a CPU section (x86.c).
  */
 #ifndef VMK_X86_H
 #define	VMK_X86_H
@@ -11,6 +11,7 @@
 #define	MSR_EFER	0xc0000080U
 #define	MSR_PRED_CMD	0x49U
 #define	PRED_CMD_IBPB	1U
+#define	DR6_FIXED	0xffff0ff0UL
 
 static inline uint64_t
 rdmsr(uint32_t msr)
@@ -26,6 +27,15 @@ wrmsr(uint32_t msr, uint64_t v)
 {
 	__asm__ __volatile__("wrmsr" : : "c"(msr), "a"((uint32_t)v),
 	    "d"((uint32_t)(v >> 32)) : "memory");
+}
+
+static inline uint64_t
+rdtsc(void)
+{
+	uint32_t lo, hi;
+
+	__asm__ __volatile__("rdtsc" : "=a"(lo), "=d"(hi));
+	return ((uint64_t)hi << 32 | lo);
 }
 
 static inline uint64_t
@@ -80,10 +90,10 @@ struct x86_host {
 };
 
 /*
- * *last is the machine that ran on this processor before, compared and never
- * dereferenced; with ibpb another one's branch predictions are dropped.
+ * *last is the serial number of the machine that ran on this processor before;
+ * with ibpb another one's branch predictions are dropped.
  */
-void	x86_load(struct vmk_vcpu *, struct x86_host *, struct vmk_vm **last,
+void	x86_load(struct vmk_vcpu *, struct x86_host *, uint64_t *last,
 	    bool ibpb);
 void	x86_unload(struct vmk_vcpu *, struct x86_host *);
 

@@ -847,6 +847,31 @@ test_halt(void)
 	tap_done("chips: HLT does not sleep on an event");
 }
 
+/* A masked NMI is a reason to look around, not to leave HLT. */
+static void
+test_masked_nmi(void)
+{
+	struct abi_vcpu_events ev;
+	struct abi_mp_state mp = { ABI_MP_HALTED };
+	struct rig r;
+
+	up(&r, 1, false);
+	entries = 0;
+	CHECK_EQ(user_ioctl(r.fd[0], ABI_GET_VCPU_EVENTS, PTR(&ev)), 0);
+	ev.nmi.masked = 1;
+	CHECK_EQ(user_ioctl(r.fd[0], ABI_SET_VCPU_EVENTS, PTR(&ev)), 0);
+	CHECK_EQ(user_ioctl(r.fd[0], ABI_SET_MP_STATE, PTR(&mp)), 0);
+	CHECK_EQ(user_ioctl(r.fd[0], ABI_NMI, 0), 0);
+	user_never_wait(true);
+	CHECK_EQ(user_ioctl(r.fd[0], ABI_RUN, 0), -VMK_EINTR);
+	user_never_wait(false);
+	CHECK_EQ(entries, 0);
+	CHECK_EQ(user_ioctl(r.fd[0], ABI_GET_MP_STATE, PTR(&mp)), 0);
+	CHECK_EQ(mp.mp_state, ABI_MP_HALTED);
+	down(&r, 1);
+	tap_done("chips: HLT outlasts a masked NMI");
+}
+
 int
 main(void)
 {
@@ -865,6 +890,7 @@ main(void)
 	test_split();
 	test_lapic_state();
 	test_halt();
+	test_masked_nmi();
 	CHECK_EQ(vmk_module_fini(), 0);
 	return (tap_failed != 0);
 }

@@ -475,6 +475,19 @@ test_dirty_log(void)
 	CHECK(fake_access(vm, 4 * MB + 3 * 4096, true, &hpa, &level));
 	CHECK_EQ(user_ioctl(r.vm, ABI_GET_DIRTY_LOG, PTR(&log)), 0);
 	CHECK_EQ(map[0], 8);
+	/* What was written before the host takes the memory away counts. */
+	CHECK(fake_access(vm, 4 * MB + 3 * 4096, true, &hpa, &level));
+	user_unmap(PTR(ram2), 4096);
+	CHECK(!fake_access(vm, 4 * MB + 3 * 4096, true, &hpa, &level));
+	CHECK_EQ(user_ioctl(r.vm, ABI_GET_DIRTY_LOG, PTR(&log)), 0);
+	CHECK_EQ(map[0], 8);
+	/* An accessed bit that is set already is not written again. */
+	CHECK_EQ(vmk_gpa_or(vm, 4 * MB + 4096, 0x20, true), 0);
+	CHECK_EQ(user_ioctl(r.vm, ABI_GET_DIRTY_LOG, PTR(&log)), 0);
+	CHECK_EQ(map[0], 2);
+	CHECK_EQ(vmk_gpa_or(vm, 4 * MB + 4096, 0x20, true), 0);
+	CHECK_EQ(user_ioctl(r.vm, ABI_GET_DIRTY_LOG, PTR(&log)), 0);
+	CHECK_EQ(map[0], 0);
 	log.slot = VMK_MAX_SLOTS;
 	CHECK_EQ(user_ioctl(r.vm, ABI_GET_DIRTY_LOG, PTR(&log)), -VMK_EINVAL);
 	log.slot = 1;
@@ -1031,6 +1044,8 @@ test_undecodable(void)
 	CHECK_EQ(r.run->exit_reason, ABI_EXIT_INTERNAL_ERROR);
 	CHECK_EQ(r.run->internal.ndata, 1);
 	/* The stack is no memory while an event is being delivered. */
+	g.rflags = 0x202;
+	put(&r, &g);
 	fake_enter = delivery_cut_short;
 	CHECK_EQ(run(&r), 0);
 	CHECK_EQ(r.run->exit_reason, ABI_EXIT_INTERNAL_ERROR);
@@ -1067,6 +1082,21 @@ test_user_interrupts(void)
 	CHECK_EQ(run(&r), 0);
 	CHECK_EQ(fake(v)->last.inject, VMK_INJ_IRQ);
 	CHECK_EQ(fake(v)->last.vector, 0x31);
+	/* One that waits for IF is not one whose delivery was cut short. */
+	get(&r, &g);
+	g.rip = 0x1000;
+	g.rflags = 2;
+	g.rbx = DEV;
+	put(&r, &g);
+	code(&r, "\x89\x03", 2);		/* mov %eax, (%rbx) */
+	CHECK_EQ(user_ioctl(r.vcpu, ABI_INTERRUPT, PTR(&irq)), 0);
+	script_one((struct vmk_exit){ .kind = VMK_X_NESTED_FAULT, .gpa = DEV,
+		.write = true });
+	CHECK_EQ(run(&r), 0);
+	CHECK_EQ(r.run->exit_reason, ABI_EXIT_MMIO);
+	CHECK(v->ev.irq_injected);
+	v->ev.irq_injected = false;
+	fake_enter = NULL;
 	irq.irq = 256;
 	CHECK_EQ(user_ioctl(r.vcpu, ABI_INTERRUPT, PTR(&irq)), -VMK_EINVAL);
 
@@ -1455,6 +1485,16 @@ test_msr_exits(void)
 	script_one((struct vmk_exit){ .kind = VMK_X_CR_WRITE });
 	CHECK_EQ(run(&r), 0);
 	CHECK_EQ(fake(v)->creg[VMK_CR4], CR4_PAE);
+	/* Decoded by the processor: nothing is read from memory. */
+	code(&r, "\x0f\x0b\x0f\x0b", 4);
+	g.rsi = CR4_PSE;
+	put(&r, &g);
+	script_one((struct vmk_exit){ .kind = VMK_X_CR_WRITE, .insn_len = 3,
+		.mov_cr = { true, 4, VMK_RSI } });
+	CHECK_EQ(run(&r), 0);
+	CHECK_EQ(fake(v)->creg[VMK_CR4], CR4_PSE);
+	get(&r, &g);
+	CHECK_EQ(g.rip, 0x1004);		/* and the script's HLT */
 	rig_down(&r);
 	tap_done("state: MSR, XSETBV and CR exits");
 }
@@ -1552,6 +1592,23 @@ spinning(struct vmk_vcpu *vcpu, const struct vmk_entry *e, struct vmk_exit *x)
 	x->insn_len = 1;
 }
 
+/* The generation with which the guest runs; ~0: it does not. */
+static uint64_t inside = ~0ULL;
+
+static void
+passing(struct vmk_vcpu *vcpu, const struct vmk_entry *e, struct vmk_exit *x)
+{
+	unsigned int i;
+
+	(void)e;
+	__atomic_store_n(&inside, vcpu->tlb_gen, __ATOMIC_SEQ_CST);
+	for (i = 0; i < 100; i++)
+		__asm__ __volatile__("pause");
+	__atomic_store_n(&inside, ~0ULL, __ATOMIC_SEQ_CST);
+	x->kind = stop_spinning ? VMK_X_HLT : VMK_X_NONE;
+	x->insn_len = 1;
+}
+
 static void *
 runner(void *arg)
 {
@@ -1595,6 +1652,33 @@ test_flush(void)
 	tap_done("run: a flush makes a running vCPU leave");
 }
 
+/* However entry and flush meet, nobody runs with what was flushed. */
+static void
+test_flush_race(void)
+{
+	unsigned int i, stale = 0;
+	struct vmk_vm *vm;
+	struct rig r;
+	pthread_t t;
+
+	rig_up(&r, 2 * MB);
+	flat32(&r);
+	vm = fake_last_vm();
+	stop_spinning = false;
+	fake_enter = passing;
+	CHECK_EQ(pthread_create(&t, NULL, runner, &r.vcpu), 0);
+	for (i = 0; i < 200000; i++) {
+		vmk_vm_flush(vm);
+		stale += __atomic_load_n(&inside, __ATOMIC_SEQ_CST) <
+		    vm->tlb_gen;
+	}
+	stop_spinning = true;
+	pthread_join(t, NULL);
+	CHECK_EQ(stale, 0);
+	rig_down(&r);
+	tap_done("run: no entry slips past a flush");
+}
+
 int
 main(void)
 {
@@ -1620,6 +1704,7 @@ main(void)
 	test_msr_exits();
 	test_ioeventfd();
 	test_flush();
+	test_flush_race();
 	CHECK_EQ(vmk_module_fini(), 0);
 	return (tap_failed != 0);
 }

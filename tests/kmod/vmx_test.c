@@ -164,6 +164,13 @@ test_exits(void)
 	    VMK_MC).kind, VMK_X_NONE);
 	CHECK_EQ(decoded(R_CPUID, 0, 0).insn_len, 2);
 	CHECK_EQ(decoded(R_TRIPLE, 0, 0).kind, VMK_X_SHUTDOWN);
+	x = decoded(R_CR, 0x904, 0);		/* MOV R9, CR4 */
+	CHECK_EQ(x.kind, VMK_X_CR_WRITE);
+	CHECK(x.mov_cr.valid && x.mov_cr.cr == 4 && x.mov_cr.gpr == 9);
+	CHECK_EQ(x.insn_len, 2);
+	CHECK(!decoded(R_CR, 0x14, 0).mov_cr.valid);	/* MOV from CR */
+	CHECK(!decoded(R_CR, 0x20, 0).mov_cr.valid);	/* CLTS */
+	CHECK(!decoded(R_CR, 0x30, 0).mov_cr.valid);	/* LMSW */
 	CHECK_EQ(decoded(R_NMI_WINDOW, 0, 0).kind, VMK_X_NONE);
 	/* VMX's own instructions, and those that CPUID does not offer. */
 	for (r = R_VMCLEAR; r <= R_VMXON; r++)

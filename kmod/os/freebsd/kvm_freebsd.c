@@ -867,15 +867,17 @@ vmk_fd_abort(struct vmk_fd_ticket *t)
  * FreeBSD calls nobody back when an eventfd is written, so a listener is a
  * thread that reads.  It reads through a file of its own on the same eventfd,
  * because the user's is as a rule non-blocking.  Stopping it writes 1; user
- * space may read that away, so it is written until the thread has gone.
+ * space may read that away, so it is written until the kernel knows no thread
+ * of that number: then it runs in kthread_exit() and not in our text.
  */
 struct vmk_event {
 	struct file	*fp;		/* the user's */
 	struct file	*mine;		/* the listener's, or NULL */
 	void		(*fn)(void *);
 	void		*arg;
-	struct mtx	 lock;
-	bool		 stop, gone;	/* of the listener */
+	struct thread	*listener;	/* what kthread_exit() wakes */
+	lwpid_t		 tid;
+	volatile u_int	 stop;
 };
 
 int
@@ -895,7 +897,6 @@ vmk_event_get(int fd, struct vmk_event **out)
 		return (VMK_EINVAL);
 	}
 	ev = malloc(sizeof(*ev), M_VMK, M_WAITOK | M_ZERO);
-	mtx_init(&ev->lock, "kvm event", NULL, MTX_DEF);
 	ev->fp = fp;
 	*out = ev;
 	return (0);
@@ -905,7 +906,6 @@ void
 vmk_event_put(struct vmk_event *ev)
 {
 	fdrop(ev->fp, curthread);
-	mtx_destroy(&ev->lock);
 	free(ev, M_VMK);
 }
 
@@ -948,28 +948,31 @@ static void
 event_listener(void *arg)
 {
 	struct vmk_event *ev = arg;
-	bool stop;
 	int error;
 
-	do {
+	for (;;) {
 		error = event_read(ev->mine);
-		mtx_lock(&ev->lock);
-		stop = ev->stop;
-		mtx_unlock(&ev->lock);
-		if (error == 0 && !stop)
+		if (atomic_load_acq_int(&ev->stop) != 0)
+			break;
+		if (error == 0)
 			ev->fn(ev->arg);
-	} while (!stop);
-	mtx_lock(&ev->lock);
-	ev->gone = true;
-	wakeup(ev);
-	mtx_unlock(&ev->lock);
+	}
 	kthread_exit();
+}
+
+static bool
+listener_lives(const struct vmk_event *ev)
+{
+	struct thread *td = tdfind(ev->tid, proc0.p_pid);
+
+	if (td != NULL)
+		PROC_UNLOCK(td->td_proc);
+	return (td != NULL && td == ev->listener);
 }
 
 int
 vmk_event_listen(struct vmk_event *ev, void (*fn)(void *), void *arg)
 {
-	struct thread *listener;
 	struct file *mine;
 	int error;
 
@@ -981,10 +984,13 @@ vmk_event_listen(struct vmk_event *ev, void (*fn)(void *), void *arg)
 	ev->mine = mine;
 	ev->fn = fn;
 	ev->arg = arg;
-	ev->stop = ev->gone = false;
-	error = kthread_add(event_listener, ev, NULL, &listener, 0, 0,
+	ev->stop = 0;
+	error = kthread_add(event_listener, ev, NULL, &ev->listener, 0, 0,
 	    "kvm irqfd");
-	if (error != 0) {
+	if (error == 0) {
+		/* It lives until it is told to stop. */
+		ev->tid = ev->listener->td_tid;
+	} else {
 		mine->f_ops = &badfileops;
 		fdrop(mine, curthread);
 		ev->mine = NULL;
@@ -995,16 +1001,11 @@ vmk_event_listen(struct vmk_event *ev, void (*fn)(void *), void *arg)
 void
 vmk_event_unlisten(struct vmk_event *ev)
 {
-	mtx_lock(&ev->lock);
-	ev->stop = true;
-	while (!ev->gone) {
-		mtx_unlock(&ev->lock);
+	atomic_store_rel_int(&ev->stop, 1);
+	while (listener_lives(ev)) {
 		vmk_event_signal(ev);
-		mtx_lock(&ev->lock);
-		if (!ev->gone)
-			mtx_sleep(ev, &ev->lock, 0, "kvmevt", hz / 50 + 1);
+		tsleep(ev->listener, 0, "kvmevt", hz / 100 + 1);
 	}
-	mtx_unlock(&ev->lock);
 	/* The eventfd is the user's; only the file goes. */
 	ev->mine->f_ops = &badfileops;
 	fdrop(ev->mine, curthread);

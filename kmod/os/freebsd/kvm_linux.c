@@ -114,7 +114,11 @@ kvm_linux_modevent(module_t mod __unused, int type, void *data __unused)
 		error = linux_ioctl_unregister_handler(&kvm_linux_handler);
 		if (error != 0)
 			return (error);
-		if (atomic_load_int(&inside) != 0) {
+		/* Who is back from a request holds it till the end. */
+		sx_xlock(&linux_ioctl_sx);
+		error = atomic_load_int(&inside);
+		sx_xunlock(&linux_ioctl_sx);
+		if (error != 0) {
 			(void)linux_ioctl_register_handler(&kvm_linux_handler);
 			return (EBUSY);
 		}

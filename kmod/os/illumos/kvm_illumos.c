@@ -561,9 +561,12 @@ vmk_wake(struct vmk_waitq *vw)
 
 /* ---- processors -------------------------------------------------------- */
 
+/* The dispatcher keeps vCPU threads of different zones off one core. */
 void
 vmk_cpu_enter(void)
 {
+	if ((curthread->t_schedflag & TS_VCPU) == 0)
+		smt_mark_as_vcpu();
 	kpreempt_disable();
 	kernel_fpu_begin(NULL, KFPU_NO_STATE);
 }
@@ -656,10 +659,15 @@ hv_asid(struct vmk_hv_tag *tag, bool by_asid, bool flush, uint32_t *asid)
 }
 FITS(hma_svm_asid_t, vmk_hv_tag);
 
+/* -1: a vCPU on the sibling has precedence; let the dispatcher move us. */
 static bool
 hv_sibling_enter(void)
 {
-	return (smt_acquire() == 1);
+	int got = smt_acquire();
+
+	if (got < 0)
+		CPU->cpu_runrun = 1;
+	return (got == 1);
 }
 
 static const struct vmk_hv kvm_hv = {

@@ -522,10 +522,21 @@ hma_vmx_vpid_free(uint16_t v)
 	(void)v;
 }
 
+int fake_smt = 1;
+
+void
+smt_mark_as_vcpu(void)
+{
+	curthread->t_schedflag |= TS_VCPU;
+}
+
+/* As its assertions have it. */
 int
 smt_acquire(void)
 {
-	return (1);
+	if ((curthread->t_schedflag & TS_VCPU) == 0 || fake_preempt < 1)
+		abort();
+	return (fake_smt);
 }
 
 void

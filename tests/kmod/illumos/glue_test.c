@@ -421,14 +421,23 @@ test_hma(void)
 	CHECK_EQ(hv->asid(&tag, true, true, &asid), 3);
 	CHECK_EQ(asid, 1);
 	CHECK_EQ(hv->asid(&tag, false, false, &asid), 0);
+	vmk_cpu_enter();
 	CHECK(hv->sibling_enter());
 	hv->sibling_leave();
+	fake_smt = 0;
+	CHECK(!hv->sibling_enter() && !vmk_must_leave());
+	fake_smt = -1;
+	CHECK(!hv->sibling_enter() && vmk_must_leave());
+	fake_smt = 1;
+	vmk_cpu_exit();
+	CHECK_EQ(vmk_yield(), 0);
+	CHECK(!vmk_must_leave());
 	vmk_hv_release();
 	fake_hma = false;
 	vmk_cpu_each(count_cpu, &cpus);
 	CHECK_EQ(cpus, 1);
 	unload();
-	tap_done("HMA gives ASIDs where it serves, is left alone where not");
+	tap_done("HMA where it serves, sibling threads, left alone where not");
 }
 
 int

@@ -129,7 +129,7 @@ typedef char *caddr_t_;
 typedef struct cred { int zone; } cred_t;
 typedef struct proc { kmutex_t p_lock; struct as *p_as; } proc_t;
 typedef struct kthread {
-	int t_astflag, t_sig_check;
+	int t_astflag, t_sig_check, t_schedflag;
 	bool signalled;
 	k_sigset_t t_hold;
 	proc_t *t_procp;
@@ -189,6 +189,9 @@ void	hma_unregister(hma_reg_t *);
 uint8_t	hma_svm_asid_update(hma_svm_asid_t *, boolean_t, boolean_t);
 uint16_t hma_vmx_vpid_alloc(void);
 void	hma_vmx_vpid_free(uint16_t);
+#define	TS_VCPU		0x2000
+extern int fake_smt;		/* what smt_acquire() gives */
+void	smt_mark_as_vcpu(void);
 int	smt_acquire(void);
 void	smt_release(void);
 
