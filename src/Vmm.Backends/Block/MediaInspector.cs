@@ -3,6 +3,7 @@ using System;
 using System.Buffers.Binary;
 using System.Collections.Generic;
 using System.Globalization;
+using System.IO.Hashing;
 using System.Text;
 using Vmm.Core;
 using Vmm.Host;
@@ -19,6 +20,8 @@ namespace Vmm.Backends.Block;
 // Findings are told and nothing else follows from them: a disk with one damaged GPT header still starts (there are two),
 // and a guest may be about to write a table of its own. The medium is hostile: no size or count from it decides how much
 // is read or kept. The most that a call reads is 2 * MaxEntriesBytes and some sectors.
+//
+// The checksums are CRC-32 as in ISO 3309 (UEFI 2.10 §4.2).
 //
 // What this does not do: file systems, MBR partitions (they have no redundancy to check), repairs.
 
@@ -47,8 +50,6 @@ public sealed class MediaInspector
     private const int MaxEntriesBytes = 1 << 20;
     private const int MaxDescriptors = 32;
     private const int FirstDescriptor = 16;
-
-    private static readonly uint[] s_crcTable = MakeCrcTable();
 
     private readonly BlockImage _image;
     private readonly List<MediaFinding> _findings = [];
@@ -184,7 +185,7 @@ public sealed class MediaInspector
         Span<byte> copy = stackalloc byte[Sector];
         sector[..(int)length].CopyTo(copy);
         copy.Slice(16, 4).Clear();
-        if (Crc32(copy[..(int)length]) != BinaryPrimitives.ReadUInt32LittleEndian(sector[16..]))
+        if (Crc32.HashToUInt32(copy[..(int)length]) != BinaryPrimitives.ReadUInt32LittleEndian(sector[16..]))
         {
             Add(at + 16, "the GPT header does not match its checksum");
             return false;
@@ -231,7 +232,7 @@ public sealed class MediaInspector
             return;
         }
 
-        if (Crc32(entries.AsSpan(0, (int)(size * count))) != BinaryPrimitives.ReadUInt32LittleEndian(header[88..]))
+        if (Crc32.HashToUInt32(entries.AsSpan(0, (int)(size * count))) != BinaryPrimitives.ReadUInt32LittleEndian(header[88..]))
         {
             Add(table * Sector, "the GPT partition entries do not match their checksum");
             return;
@@ -459,34 +460,5 @@ public sealed class MediaInspector
         }
 
         return text.ToString();
-    }
-
-    // The CRC of UEFI 2.10 §4.2 (ISO 3309, reflected polynomial).
-    private static uint Crc32(ReadOnlySpan<byte> data)
-    {
-        uint crc = uint.MaxValue;
-        foreach (byte one in data)
-        {
-            crc = s_crcTable[(byte)(crc ^ one)] ^ (crc >> 8);
-        }
-
-        return ~crc;
-    }
-
-    private static uint[] MakeCrcTable()
-    {
-        var table = new uint[256];
-        for (uint i = 0; i < 256; i++)
-        {
-            uint value = i;
-            for (int bit = 0; bit < 8; bit++)
-            {
-                value = (value & 1) != 0 ? 0xEDB88320 ^ (value >> 1) : value >> 1;
-            }
-
-            table[i] = value;
-        }
-
-        return table;
     }
 }
