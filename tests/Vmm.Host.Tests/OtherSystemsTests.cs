@@ -17,7 +17,7 @@ public sealed unsafe class OtherSystemsTests
 {
     private static readonly Lazy<nint> s_library = new(() => Build());
 
-    [CompilerFact]
+    [CompilerFact("stdio.h")]
     public void GiveUp_OnFreeBsd_TakesNoNewPrivilegesAndIsNotTraced()
     {
         Clear();
@@ -25,7 +25,7 @@ public sealed unsafe class OtherSystemsTests
         Record().Should().Be("no new privileges;not traced;");
     }
 
-    [CompilerFact]
+    [CompilerFact("stdio.h")]
     public void GiveUp_OnIllumos_LeavesBasicWithoutOtherProcesses()
     {
         const string Left = "basic,!proc_exec,!proc_fork,!proc_info,!proc_session,!file_link_any";
@@ -34,7 +34,7 @@ public sealed unsafe class OtherSystemsTests
         Record().Should().Be($"Permitted={Left};Limit={Left};");
     }
 
-    [CompilerTheory]
+    [CompilerTheory("stdio.h")]
     [InlineData(HostSystem.FreeBsd, 1, true, "thread on 0x2;")]
     [InlineData(HostSystem.FreeBsd, 5, false, "thread on 0x20;")]
     [InlineData(HostSystem.FreeBsd, 1000, false, "")]
@@ -64,15 +64,5 @@ public sealed unsafe class OtherSystemsTests
         NativeLibrary.SetDllImportResolver(
             typeof(HostProcess).Assembly, (name, _, _) => name is "libc.so.7" or "libc.so.1" ? library : 0);
         return library;
-    }
-
-    private sealed class CompilerFactAttribute : FactAttribute
-    {
-        public CompilerFactAttribute() => Skip = CProgram.Missing("stdio.h", "libc6-dev");
-    }
-
-    private sealed class CompilerTheoryAttribute : TheoryAttribute
-    {
-        public CompilerTheoryAttribute() => Skip = CProgram.Missing("stdio.h", "libc6-dev");
     }
 }

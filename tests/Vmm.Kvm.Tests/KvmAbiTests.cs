@@ -9,14 +9,13 @@ using System.Runtime.InteropServices;
 using FluentAssertions;
 using Vmm.Kvm.Abi;
 using Vmm.TestKit;
-using Xunit;
 
 namespace Vmm.Kvm.Tests;
 
 /// <summary>C# declarations against the system's own header, by way of a compiled C program.</summary>
 public sealed class KvmAbiTests
 {
-    [CompilerFact]
+    [CompilerFact("linux/kvm.h", "linux-libc-dev")]
     public void Declarations_EverySizeOffsetAndNumber_EqualsTheHeader()
     {
         SortedDictionary<string, ulong> expected = CProgram.CompileAndRun("kvm_abi.c");
@@ -63,9 +62,4 @@ public sealed class KvmAbiTests
 
     private static int SizeOf(Type type) => (int)typeof(Unsafe).GetMethod(nameof(Unsafe.SizeOf))!
         .MakeGenericMethod(type).Invoke(null, null)!;
-
-    private sealed class CompilerFactAttribute : FactAttribute
-    {
-        public CompilerFactAttribute() => Skip = CProgram.Missing("linux/kvm.h", "linux-libc-dev");
-    }
 }
