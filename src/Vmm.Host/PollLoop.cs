@@ -143,7 +143,10 @@ public sealed class PollLoop : IDisposable
             _changed = true;
         }
 
-        _wake.Signal();
+        if (!IsLoopThread)
+        {
+            _wake.Signal(); // the loop's own thread looks before it waits again
+        }
     }
 
     private void Remove(Registration registration)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using System.Diagnostics;
 using System.Runtime.InteropServices;
 using System.Threading;
 
@@ -47,6 +48,30 @@ public sealed unsafe partial class TimedWait : IDisposable
             {
             }
         }
+    }
+
+    /// <summary>
+    /// Looks for a wake-up for a while without sleeping, giving way to other threads; none of this process's system calls is
+    /// needed to end it.
+    /// </summary>
+    /// <param name="timeoutNs">At most about so long.</param>
+    /// <returns>True when it was woken; false leaves a wake-up that comes later to the next wait.</returns>
+    public bool Spin(long timeoutNs)
+    {
+        long end = Stopwatch.GetTimestamp() + (timeoutNs * Stopwatch.Frequency / 1_000_000_000);
+        do
+        {
+            if (Volatile.Read(ref _state) == Signalled)
+            {
+                Volatile.Write(ref _state, Idle);
+                return true;
+            }
+
+            Thread.SpinWait(20);
+            Thread.Yield();
+        }
+        while (Stopwatch.GetTimestamp() < end);
+        return false;
     }
 
     /// <summary>Waits.</summary>

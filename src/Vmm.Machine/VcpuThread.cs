@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using System.Diagnostics;
 using System.Threading;
 using Vmm.Core;
 using Vmm.Host;
@@ -29,6 +30,9 @@ internal interface IVcpuOwner
 /// </summary>
 internal sealed class VcpuThread : ICpuWaker, IDisposable
 {
+    private const long FirstLookNs = 10_000;
+    private const long MaxLookNs = 80_000;
+
     private readonly IVcpuOwner _owner;
     private readonly ICpuInterruptPort? _port;
     private readonly uint _signature;
@@ -41,6 +45,7 @@ internal sealed class VcpuThread : ICpuWaker, IDisposable
     private volatile bool _pause = true;
     private volatile bool _sleeping;
     private ActivityState _activity;
+    private long _lookNs;
 
     /// <summary>Makes a thread that starts parked.</summary>
     /// <param name="vcpu">The processor; owned from now on.</param>
@@ -217,12 +222,23 @@ internal sealed class VcpuThread : ICpuWaker, IDisposable
     private void Sleep()
     {
         _sleeping = true;
-        if (!_pause && !_stop)
+        if (!_pause && !_stop && !(_lookNs > 0 && _wait.Spin(_lookNs)))
         {
+            long start = Stopwatch.GetTimestamp();
             _wait.Wait(-1);
+            AdaptLook(Stopwatch.GetTimestamp() - start);
         }
 
         _sleeping = false;
+    }
+
+    // A guest that waits for a disk or an answer is often woken within the time that putting a thread to sleep and waking it
+    // takes. Such a guest is looked after for a moment before its thread sleeps, as KVM does in the kernel (halt_poll_ns): a
+    // short sleep makes the moment longer, one that was longer than the longest moment ends the habit.
+    private void AdaptLook(long sleptTicks)
+    {
+        long sleptNs = sleptTicks * 1_000_000_000 / Stopwatch.Frequency;
+        _lookNs = sleptNs > MaxLookNs || Environment.ProcessorCount == 1 ? 0 : Math.Clamp(_lookNs * 2, FirstLookNs, MaxLookNs);
     }
 
     // INIT and SIPI (SDM 3A 9.4). Returns false while the processor waits to be started.

@@ -10,7 +10,8 @@ namespace Vmm.Machine;
 // Theory. A doorbell is a write of the guest that wakes a device's worker. Where the driver of virtual processors can
 // (KVM's ioeventfd), it signals an event descriptor that the worker sleeps on, and the vCPU goes on in the guest: no exit
 // to this process, no thread of it between guest and worker. Elsewhere (the software CPU, whose vCPUs are threads of this
-// process) the write reaches the card's register window, which sets a bit and pulses a monitor: nothing is cheaper there.
+// process) the write reaches the card's register window, and the vCPU's thread does the work itself while that is quick;
+// otherwise it sets a bit and pulses a monitor.
 // One descriptor serves all queues of a card; the worker looks at each, which costs a read of guest memory per queue.
 //
 // Interrupts go the other way by one system call per message (KVM_SIGNAL_MSI). irqfd would need one too, a write, unless
@@ -21,13 +22,14 @@ internal sealed class VirtioCards
 {
     private readonly IVm _vm;
     private readonly bool _hasDoorbells;
-    private readonly VirtioOptions _options = new();
+    private readonly VirtioOptions _options;
 
     /// <summary>Prepares.</summary>
     public VirtioCards(IVm vm, HypervisorCapabilities capabilities)
     {
         _vm = vm;
         _hasDoorbells = capabilities.Doorbells;
+        _options = new VirtioOptions { QuickDoorbells = !_hasDoorbells };
     }
 
     /// <summary>Makes a card.</summary>

@@ -2,6 +2,7 @@
 using System;
 using System.Buffers;
 using System.Buffers.Binary;
+using System.Diagnostics;
 using System.Net;
 using System.Net.Sockets;
 using Vmm.Core;
@@ -31,6 +32,7 @@ internal sealed class TcpFlow : IDisposable
     private const int FirstTimeoutMs = 300;
     private const int MaxTimeoutMs = 10_000;
     private const int MaxRetries = 12;
+    private const int PromptAcks = 16;
 
     private readonly UserNetwork _network;
     private readonly FlowKey _key;
@@ -79,6 +81,13 @@ internal sealed class TcpFlow : IDisposable
     private bool _hostShut;
     private bool _ackPending;
 
+    // Acknowledgements that wait for the host's answer to take them along; see DelayAck.
+    private bool _ackDelayed;
+    private long _ackDelayedAt; // Stopwatch's clock
+    private bool _asked;
+    private bool _answering;
+    private int _promptAcks;
+
     private TcpFlow(UserNetwork network, in FlowKey key, Socket socket, uint iss)
     {
         _network = network;
@@ -104,6 +113,9 @@ internal sealed class TcpFlow : IDisposable
     public bool IsClosed => _state == State.Closed;
 
     public bool NeedsFlush => _ackPending || (_state == State.Established && (_retransmitDue || Unsent > 0 || (_hostEof && !_finSent)));
+
+    /// <summary>An acknowledgement waits for <see cref="EndAckDelay"/> or for data that takes it along.</summary>
+    public bool HasDelayedAck => _ackDelayed;
 
     /// <summary>The guest opens a connection.</summary>
     public static TcpFlow? Open(UserNetwork network, in FlowKey key, IPEndPoint target, uint iss, ReadOnlySpan<byte> segment)
@@ -274,6 +286,20 @@ internal sealed class TcpFlow : IDisposable
         }
 
         FinishIfDone();
+    }
+
+    /// <summary>Sends an acknowledgement that has waited for too long.</summary>
+    /// <param name="before">Stopwatch's clock: those that began to wait before then.</param>
+    public void EndAckDelay(long before)
+    {
+        if (_ackDelayed && _ackDelayedAt - before < 0)
+        {
+            // Nobody answered: the next ones are acknowledged at once, for the guest may be waiting for just that.
+            _answering = false;
+            _promptAcks = PromptAcks;
+            _ackDelayed = false;
+            _ackPending = true;
+        }
     }
 
     /// <summary>Time passes.</summary>
@@ -533,12 +559,30 @@ internal sealed class TcpFlow : IDisposable
         payload = payload[Math.Min(-ahead, payload.Length)..];
         int taken = WriteHost(payload);
         _rcvNxt += (uint)taken;
-        _ackPending = true;
+        _asked |= taken > 0;
+        DelayAck(!fin && taken > 0 && taken == payload.Length && taken < _mss && _pendingCount == 0);
         if (fin && taken == payload.Length && _state == State.Established)
         {
             _rcvNxt++;
             _guestFin = true;
             ShutHost();
+        }
+    }
+
+    // RFC 9293 §3.8.6.3. Where question and answer alternate, the acknowledgement of a question that came in one small segment
+    // goes with the answer: a frame less for the guest to take, and a thread less to wake here. Another segment before the
+    // answer, or no answer for a while, ends that.
+    private void DelayAck(bool mayWait)
+    {
+        if (mayWait && _answering && _promptAcks == 0 && !_ackDelayed && !_ackPending)
+        {
+            _ackDelayed = true;
+            _ackDelayedAt = Stopwatch.GetTimestamp();
+        }
+        else
+        {
+            _ackDelayed = false;
+            _ackPending = true;
         }
     }
 
@@ -736,6 +780,12 @@ internal sealed class TcpFlow : IDisposable
             }
 
             Advance((uint)take);
+            if (_asked)
+            {
+                _asked = false;
+                _answering = true;
+                _promptAcks = Math.Max(0, _promptAcks - 1);
+            }
         }
 
         if (_hostEof && !_finSent && Unsent == 0 && SendControl(Fin | Ack))
@@ -884,6 +934,7 @@ internal sealed class TcpFlow : IDisposable
         if (sent && (flags & Ack) != 0)
         {
             _ackPending = false;
+            _ackDelayed = false;
             _advertisedWindow = window;
         }
 

@@ -2,6 +2,7 @@
 using System;
 using System.Buffers.Binary;
 using System.Collections.Generic;
+using System.Diagnostics;
 using System.Net;
 using System.Net.Sockets;
 using System.Runtime.InteropServices;
@@ -53,6 +54,7 @@ public sealed class UserNetwork : INetBackend
     private readonly EventFd _wake = new();
     private readonly IPollRegistration _wakeRegistration;
     private readonly Timer _timer;
+    private readonly Timer _ackTimer;
     private readonly Dictionary<FlowKey, TcpFlow> _flows = [];
     private readonly Dictionary<(NetAddress Guest, ushort Port, bool Aliased), UdpFlow> _udpFlows = [];
     private readonly List<TcpFlow> _dead = [];
@@ -70,6 +72,7 @@ public sealed class UserNetwork : INetBackend
     private readonly NetAddress _linkLocal6;
     private readonly byte[] _scratch = new byte[2048];
     private readonly uint _issBase;
+    private readonly int _ackDelayMs;
 
     private INetReceiver? _receiver;
     private readonly IReadOnlyList<IPAddress> _nameServers;
@@ -77,6 +80,9 @@ public sealed class UserNetwork : INetBackend
     private ushort _nextFragmentId;
     private int _signalled;
     private bool _tick;
+    private bool _ackTimerRuns;
+    private bool _ackTimeUp;
+    private TcpFlow? _routed; // of the frame that is being routed
     private bool _inSend;
     private bool _blocked;
     private bool _disposed;
@@ -106,6 +112,7 @@ public sealed class UserNetwork : INetBackend
         GatewayMac = 0x5256_0000_0000UL | (uint)_gateway4.Value; // 52:56 and the address, as a local MAC
         GuestAddress = Host4(options.GuestHost);
         Mtu = Math.Clamp(options.Mtu, 576, 65535);
+        _ackDelayMs = Math.Clamp(options.AckDelayMs, 1, 500);
         _nameServers = options.NameServers ?? Dns.ReadServers("/etc/resolv.conf");
         Span<byte> seed = stackalloc byte[4];
         HostRandom.Fill(seed);
@@ -113,6 +120,7 @@ public sealed class UserNetwork : INetBackend
         _ownsLoop = loop is null;
         _loop = loop ?? new PollLoop("user-net " + options.HostName);
         _timer = new Timer(_ => Tick(), null, TickMs, TickMs);
+        _ackTimer = new Timer(_ => EndAckDelay(), null, Timeout.Infinite, Timeout.Infinite);
         _wakeRegistration = _loop.Add(_wake.Handle, PollEvents.Readable, _ => OnWake());
         try
         {
@@ -218,6 +226,7 @@ public sealed class UserNetwork : INetBackend
         }
 
         _timer.Dispose();
+        _ackTimer.Dispose();
         _wakeRegistration.Dispose();
         if (_ownsLoop)
         {
@@ -385,6 +394,12 @@ public sealed class UserNetwork : INetBackend
         Wake();
     }
 
+    private void EndAckDelay()
+    {
+        Volatile.Write(ref _ackTimeUp, true);
+        Wake();
+    }
+
     private void OnWake()
     {
         _wake.Drain();
@@ -415,6 +430,9 @@ public sealed class UserNetwork : INetBackend
             bool tick = Volatile.Read(ref _tick);
             Volatile.Write(ref _tick, false);
             long now = Environment.TickCount64;
+            bool ackTimeUp = Volatile.Read(ref _ackTimeUp);
+            long ackBefore = Stopwatch.GetTimestamp() - (_ackDelayMs * Stopwatch.Frequency / 1000);
+            bool acksWait = false;
             _walk.Clear();
             _walk.AddRange(_flows.Values);
             foreach (TcpFlow flow in _walk)
@@ -424,9 +442,25 @@ public sealed class UserNetwork : INetBackend
                     flow.OnTick(now);
                 }
 
+                if (ackTimeUp)
+                {
+                    flow.EndAckDelay(ackBefore);
+                    acksWait |= flow.HasDelayedAck;
+                }
+
                 if (flow.NeedsFlush)
                 {
                     flow.Flush();
+                }
+            }
+
+            if (ackTimeUp)
+            {
+                Volatile.Write(ref _ackTimeUp, false);
+                _ackTimerRuns = false;
+                if (acksWait)
+                {
+                    StartAckTimer();
                 }
             }
 
@@ -436,6 +470,15 @@ public sealed class UserNetwork : INetBackend
             }
 
             ReleaseDead();
+        }
+    }
+
+    private void StartAckTimer()
+    {
+        if (!_ackTimerRuns)
+        {
+            _ackTimerRuns = true;
+            _ackTimer.Change(_ackDelayMs, Timeout.Infinite);
         }
     }
 
@@ -505,6 +548,7 @@ public sealed class UserNetwork : INetBackend
         }
 
         bool consumed = false;
+        _routed = null;
         ReadOnlySpan<byte> packet = frame[Proto.EthernetBytes..];
         switch (BinaryPrimitives.ReadUInt16BigEndian(frame[12..]))
         {
@@ -524,7 +568,12 @@ public sealed class UserNetwork : INetBackend
             _switch?.Send(frame, offload);
         }
 
-        return true;
+        if (_routed is { HasDelayedAck: true })
+        {
+            StartAckTimer();
+        }
+
+        return _control.Count > 0 || _routed is { NeedsFlush: true };
     }
 
     // RFC 826. The gateway answers for its own addresses; other VMs answer for theirs.
@@ -671,6 +720,7 @@ public sealed class UserNetwork : INetBackend
         if (_flows.TryGetValue(key, out TcpFlow? flow))
         {
             flow.OnSegment(segment);
+            _routed = flow;
             return;
         }
 

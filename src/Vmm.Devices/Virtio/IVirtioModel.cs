@@ -44,9 +44,17 @@ public interface IVirtioModel : IDisposable
     /// <summary>A queue was (re-)enabled or reset after DRIVER_OK; the model forgets what it held of it.</summary>
     void QueueChanged(int queue);
 
+    /// <summary>
+    /// <see cref="Notify"/> waits for nothing and usually takes microseconds, so that it may run on the thread of the vCPU that
+    /// rang the doorbell; constant.
+    /// </summary>
+    bool IsQuick { get; }
+
     /// <summary>The driver may have added to a queue. Bounded work.</summary>
+    /// <param name="queue">Which.</param>
+    /// <param name="budget">Chains to handle at most before others get their turn, 1 or more.</param>
     /// <returns>True when it stopped early and wants to be called again.</returns>
-    bool Notify(int queue);
+    bool Notify(int queue, int budget);
 
     /// <summary>
     /// Finishes or gives back every chain that is held, so that none is in flight: for pause, reset and saved state.
@@ -110,9 +118,6 @@ public sealed class VirtioSession
 /// <summary>The common part of models: the notification loop with suppression and a bound, and empty defaults.</summary>
 public abstract class VirtioModel : IVirtioModel
 {
-    /// <summary>Chains handled per notification before others get their turn.</summary>
-    protected const int Budget = 256;
-
     private VirtioSession? _session;
 
     /// <inheritdoc/>
@@ -156,14 +161,16 @@ public abstract class VirtioModel : IVirtioModel
     }
 
     /// <inheritdoc/>
-    public virtual bool Notify(int queue)
+    public virtual bool IsQuick => false;
+
+    /// <inheritdoc/>
+    public virtual bool Notify(int queue, int budget)
     {
         if (Session?.Queue(queue) is not { } ring)
         {
             return false;
         }
 
-        int budget = Budget;
         ring.DisableNotify();
         for (; ; )
         {

@@ -160,7 +160,7 @@ public sealed class VirtioBalloon : VirtioModel
     }
 
     /// <inheritdoc/>
-    public override bool Notify(int queue)
+    public override bool Notify(int queue, int budget)
     {
         if (Session is not { } session || session.Queue(queue) is not { } ring)
         {
@@ -169,7 +169,7 @@ public sealed class VirtioBalloon : VirtioModel
 
         if (queue != 2 || !session.Has(FeatureStatistics))
         {
-            return base.Notify(queue);
+            return base.Notify(queue, budget);
         }
 
         // One buffer at a time: it is held until somebody wants to know.

@@ -54,6 +54,7 @@ public sealed class VirtioBlock : VirtioModel
     private const byte StatusUnsupported = 2;
 
     private const int ConfigWriteback = 32;
+    private const int MaxUntoldBytes = 256 << 10;
 
     private readonly VirtioDiskJobs<Job> _jobs;
     private readonly IBlockBackend _backend;
@@ -62,6 +63,7 @@ public sealed class VirtioBlock : VirtioModel
     private readonly byte[] _config = new byte[60];
     private int _inFlight;
     private int _batchThread;
+    private long _batchBytes; // of the thread above
     private int _writeback = 1;
     private long _hostErrors;
 
@@ -143,10 +145,14 @@ public sealed class VirtioBlock : VirtioModel
     }
 
     /// <inheritdoc/>
-    public override bool Notify(int queue)
+    public override bool IsQuick => true;
+
+    /// <inheritdoc/>
+    public override bool Notify(int queue, int budget)
     {
         Volatile.Write(ref _batchThread, Environment.CurrentManagedThreadId);
-        bool again = base.Notify(queue);
+        _batchBytes = 0;
+        bool again = base.Notify(queue, budget);
         Volatile.Write(ref _batchThread, 0);
         return again;
     }
@@ -235,7 +241,8 @@ public sealed class VirtioBlock : VirtioModel
         base.Dispose(disposing);
     }
 
-    // Inside a batch on the worker the driver is told of all that was finished at its end.
+    // Inside a batch the driver is told of all that was finished at its end, or earlier when that is a lot: it then has
+    // something to do while the rest is being copied.
     private void Finish(Virtqueue ring, VirtqueueChain chain, byte status, long dataBytes)
     {
         if (!chain.TryWrite(chain.WritableBytes - 1, [status]))
@@ -243,9 +250,18 @@ public sealed class VirtioBlock : VirtioModel
             ring.Break(VirtqueueFault.BadAddress);
         }
 
+        long movedBytes = chain.ReadableBytes + chain.WritableBytes;
         ring.Push(chain, (uint)Math.Min(dataBytes + 1, uint.MaxValue));
         if (Environment.CurrentManagedThreadId != Volatile.Read(ref _batchThread))
         {
+            ring.Flush();
+            return;
+        }
+
+        _batchBytes += movedBytes;
+        if (_batchBytes >= MaxUntoldBytes)
+        {
+            _batchBytes = 0;
             ring.Flush();
         }
     }

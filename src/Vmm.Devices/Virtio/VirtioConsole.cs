@@ -137,7 +137,7 @@ public sealed class VirtioConsole : VirtioModel
     }
 
     /// <inheritdoc/>
-    public override bool Notify(int queue)
+    public override bool Notify(int queue, int budget)
     {
         if (Session is not { } session || session.Queue(queue) is not { } ring)
         {
@@ -156,7 +156,7 @@ public sealed class VirtioConsole : VirtioModel
             return false;
         }
 
-        return base.Notify(queue);
+        return base.Notify(queue, budget);
     }
 
     /// <inheritdoc/>

@@ -16,10 +16,14 @@ namespace Vmm.Devices.Virtio;
 // Every field is therefore copied once and then checked on the copy; a chain is a private list of (address, length)
 // before a model sees it. A rule that the driver breaks (index out of range, a loop, a writable part before a readable
 // one, a ring outside RAM) ends in DEVICE_NEEDS_RESET (§2.1.2) and a counter, never in an exception. Work per
-// notification is bounded (VirtioModel.Budget), so that one queue cannot starve the others or a reset.
+// notification is bounded (a budget of chains), so that one queue cannot starve the others or a reset.
 //
 // Threads. Register accesses come from vCPU threads and only take VirtioDevice's gate for a few assignments; a doorbell
-// sets a bit and wakes the worker. A model's Start, Stop and Notify run on the worker, one at a time. Back ends complete
+// sets a bit and wakes the worker. A model's Start, Stop and Notify run on the worker, one at a time. A doorbell that comes
+// as a register write (the software CPU) may find the device idle and its model quick: then the ringing thread takes the
+// worker's place for a few chains (VirtioDevice.TryServe), which saves waking a thread; a request of 4 KiB that the host has
+// in its cache takes less time than that. Whoever calls Notify holds the run gate, so it is still one at a time. A call
+// that took long sends the doorbells of the next milliseconds to the worker, beside whom the vCPU goes on. Back ends complete
 // requests on their own threads: Virtqueue.Push and Flush may be called from any thread (each queue has a lock that is
 // held for ring bookkeeping only). After IVirtioModel.Stop has returned nothing of a session touches guest memory, which
 // is why a reset first drains and then reads back as 0 (§4.1.4.3.1), and why saved state holds no request in flight.
@@ -164,6 +168,12 @@ public sealed record VirtioOptions
 
     /// <summary>Offer reset of single queues.</summary>
     public bool RingReset { get; init; } = true;
+
+    /// <summary>
+    /// Do queue work on the thread that rings the doorbell while the model is quick (<see cref="IVirtioModel.IsQuick"/>), so
+    /// that a small request costs no hand-off between threads. For drivers whose doorbells come to the card's registers.
+    /// </summary>
+    public bool QuickDoorbells { get; init; }
 
     /// <summary>
     /// Do queue work on the thread that rings the doorbell instead of a worker: for tests and for machines that must

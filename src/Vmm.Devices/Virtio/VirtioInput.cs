@@ -208,11 +208,11 @@ public sealed class VirtioInput : VirtioModel, IKeyboardSink, IPointerSink
     }
 
     /// <inheritdoc/>
-    public override bool Notify(int queue)
+    public override bool Notify(int queue, int budget)
     {
         if (queue != EventQueue)
         {
-            return base.Notify(queue);
+            return base.Notify(queue, budget);
         }
 
         if (Session?.Queue(EventQueue) is { } ring)

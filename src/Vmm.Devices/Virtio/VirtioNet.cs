@@ -244,7 +244,10 @@ public sealed class VirtioNet : VirtioModel, INetReceiver
     }
 
     /// <inheritdoc/>
-    public override bool Notify(int queue)
+    public override bool IsQuick => true;
+
+    /// <inheritdoc/>
+    public override bool Notify(int queue, int budget)
     {
         if (Session is not { } session)
         {
@@ -253,7 +256,7 @@ public sealed class VirtioNet : VirtioModel, INetReceiver
 
         if (queue == ControlIndex(session) || (queue & 1) != 0)
         {
-            return base.Notify(queue);
+            return base.Notify(queue, budget);
         }
 
         // A receive queue got buffers. Doorbells stay off until the back end finds it empty.

@@ -115,7 +115,8 @@ public sealed class VirtioScsi : VirtioModel
     }
 
     /// <inheritdoc/>
-    public override bool Notify(int queue) => queue != EventQueue && base.Notify(queue); // events are never sent
+    public override bool Notify(int queue, int budget) =>
+        queue != EventQueue && base.Notify(queue, budget); // events are never sent
 
     /// <inheritdoc/>
     public override void Quiesce() => Drain();

@@ -139,7 +139,7 @@ public sealed class VirtioVsock : VirtioModel, IVsockAcceptor
     }
 
     /// <inheritdoc/>
-    public override bool Notify(int queue)
+    public override bool Notify(int queue, int budget)
     {
         switch (queue)
         {
@@ -168,7 +168,7 @@ public sealed class VirtioVsock : VirtioModel, IVsockAcceptor
 
                 return false;
             default:
-                return base.Notify(queue);
+                return base.Notify(queue, budget);
         }
     }
 

@@ -204,6 +204,9 @@ internal sealed class GuestTcp
 
     public bool PeerReset { get; private set; }
 
+    /// <summary>Segments of this connection that came.</summary>
+    public int SegmentsReceived { get; private set; }
+
     /// <summary>Bytes that came with a place behind the end of the stream.</summary>
     public int BytesBehindEnd { get; private set; }
 
@@ -304,6 +307,7 @@ internal sealed class GuestTcp
         }
 
         NetGuest.CheckSums(frame);
+        SegmentsReceived++;
         int total = BinaryPrimitives.ReadUInt16BigEndian(frame.AsSpan(16)) + 14;
         byte flags = frame[47];
         uint seq = BinaryPrimitives.ReadUInt32BigEndian(frame.AsSpan(38));

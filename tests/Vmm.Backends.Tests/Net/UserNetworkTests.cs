@@ -234,6 +234,71 @@ public sealed class UserNetworkTests : IDisposable
     }
 
     [Fact]
+    public async Task Tcp_QuestionsAndAnswers_TakeOneSegmentEach()
+    {
+        // RFC 9293 §3.8.6.3: the acknowledgement of a question goes with the answer.
+        const int Rounds = 100;
+        NetGuest guest = MakeGuest(options => options with { AckDelayMs = 500 });
+        using TcpListener host = Listen();
+        var tcp = new GuestTcp(guest, s_gateway, PortOf(host), 4013);
+        await Task.Run(tcp.Connect);
+        using Socket accepted = await host.AcceptSocketAsync();
+        accepted.NoDelay = true;
+        await Task.Run(() => Converse(tcp, accepted, 2)); // who has not been answered yet is acknowledged at once
+        int before = tcp.SegmentsReceived;
+        await Task.Run(() => Converse(tcp, accepted, Rounds));
+        (tcp.SegmentsReceived - before).Should().BeInRange(Rounds, Rounds + 10);
+    }
+
+    [Fact]
+    public async Task Tcp_QuestionWithoutAnswer_IsAcknowledgedAndTheNextOnesAtOnce()
+    {
+        NetGuest guest = MakeGuest(options => options with { AckDelayMs = 300 });
+        using TcpListener host = Listen();
+        var tcp = new GuestTcp(guest, s_gateway, PortOf(host), 4014);
+        await Task.Run(tcp.Connect);
+        using Socket accepted = await host.AcceptSocketAsync();
+        accepted.NoDelay = true;
+        await Task.Run(() =>
+        {
+            Converse(tcp, accepted, 3);
+            long start = Environment.TickCount64;
+            tcp.Write("is anybody there?"u8);
+            tcp.WaitUntil(() => tcp.UnackedBytes == 0, 5000);
+            long waited = Environment.TickCount64 - start;
+            waited.Should().BeGreaterThan(200, "it waited for an answer");
+            start = Environment.TickCount64;
+            for (int i = 0; i < 8; i++)
+            {
+                tcp.Write("hello?"u8);
+                tcp.WaitUntil(() => tcp.UnackedBytes == 0, 5000);
+            }
+
+            (Environment.TickCount64 - start).Should().BeLessThan(8 * 250, "nobody answers");
+        });
+    }
+
+    [Fact]
+    public async Task Tcp_SecondSegmentOfAQuestion_IsAcknowledgedAtOnce()
+    {
+        NetGuest guest = MakeGuest(options => options with { AckDelayMs = 500 });
+        using TcpListener host = Listen();
+        var tcp = new GuestTcp(guest, s_gateway, PortOf(host), 4015);
+        await Task.Run(tcp.Connect);
+        using Socket accepted = await host.AcceptSocketAsync();
+        accepted.NoDelay = true;
+        await Task.Run(() =>
+        {
+            Converse(tcp, accepted, 3);
+            long start = Environment.TickCount64;
+            tcp.Write("who "u8);
+            tcp.Write("is there?"u8);
+            tcp.WaitUntil(() => tcp.UnackedBytes == 0, 5000);
+            (Environment.TickCount64 - start).Should().BeLessThan(400);
+        });
+    }
+
+    [Fact]
     public void Tcp_ClosedPort_IsReset()
     {
         NetGuest guest = MakeGuest();
@@ -605,6 +670,23 @@ public sealed class UserNetworkTests : IDisposable
         NetGuest.CheckSums(reply);
         reply[42 + 7].Should().Be(1, "one answer");
         return reply;
+    }
+
+    private static void Converse(GuestTcp tcp, Socket host, int rounds)
+    {
+        byte[] got = new byte[16];
+        for (int i = 0; i < rounds; i++)
+        {
+            int have = tcp.Received.Count;
+            tcp.Write("question"u8);
+            for (int count = 0; count < 8;)
+            {
+                count += host.Receive(got);
+            }
+
+            host.Send("answer"u8);
+            tcp.WaitUntil(() => tcp.Received.Count == have + 6);
+        }
     }
 
     private NetGuest MakeGuest(Func<UserNetworkOptions, UserNetworkOptions>? change = null) => Make(change).Guest;
