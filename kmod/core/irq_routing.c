@@ -112,8 +112,8 @@ vmk_irq_set_routing(struct vmk_vm *vm, const struct abi_irq_routing_entry *e,
 /* ---- raising ----------------------------------------------------------- */
 
 /* SDM 3A 11.11: address and data of a message-signalled interrupt. */
-static int
-msi_send(struct vmk_vm *vm, uint64_t addr, uint32_t data)
+int
+vmk_irq_msi(struct vmk_vm *vm, uint64_t addr, uint32_t data)
 {
 	struct vmk_irq_msg m = {
 		.dest = (uint32_t)(addr >> 12 & 0xff),
@@ -140,7 +140,7 @@ vmk_irq_raise(struct vmk_vm *vm, uint32_t gsi, unsigned int source,
 		const struct vmk_route *to = &r->route[i];
 
 		if (to->type == ABI_IRQ_ROUTING_MSI)
-			one = level ? msi_send(vm, to->addr, to->data) : 1;
+			one = level ? vmk_irq_msi(vm, to->addr, to->data) : 1;
 		else if (to->chip == ABI_IRQCHIP_IOAPIC)
 			one = vmk_ioapic_set(vm, to->pin, source, level);
 		else
@@ -156,25 +156,12 @@ int
 vmk_irq_line(struct vmk_vm *vm, uint32_t gsi, bool level, int *status)
 {
 	uint64_t s;
-	int ret;
 
 	if (gsi >= VMK_MAX_ROUTES)
 		return (VMK_EINVAL);
 	s = vmk_spin_enter(&vm->irqchip->lock);
-	ret = vmk_irq_raise(vm, gsi, VMK_SRC_USER, level);
+	*status = vmk_irq_raise(vm, gsi, VMK_SRC_USER, level);
 	vmk_spin_exit(&vm->irqchip->lock, s);
-	if (status != NULL)
-		*status = ret;
-	return (0);
-}
-
-int
-vmk_irq_msi(struct vmk_vm *vm, uint64_t addr, uint32_t data, int *status)
-{
-	int ret = msi_send(vm, addr, data);
-
-	if (status != NULL)
-		*status = ret;
 	return (0);
 }
 
@@ -287,7 +274,7 @@ vmk_irqfd(struct vmk_vm *vm, const struct abi_irqfd *a)
 /* ---- life -------------------------------------------------------------- */
 
 int
-vmk_irqchip_cap(uint32_t cap)
+vmk_irqchip_cap(uint64_t cap)
 {
 	switch (cap) {
 	case ABI_CAP_IRQCHIP: case ABI_CAP_PIT: case ABI_CAP_PIT2:
@@ -299,7 +286,7 @@ vmk_irqchip_cap(uint32_t cap)
 	case ABI_CAP_IRQ_ROUTING:
 		return (VMK_MAX_ROUTES);
 	default:
-		return (-1);
+		return (0);
 	}
 }
 
@@ -356,9 +343,8 @@ vmk_irqchip_create(struct vmk_vm *vm)
 }
 
 int
-vmk_irqchip_create_split(struct vmk_vm *vm, uint32_t ioapic_pins)
+vmk_irqchip_create_split(struct vmk_vm *vm)
 {
-	(void)ioapic_pins;	/* user space routes them as it likes */
 	return (create(vm, VMK_IRQCHIP_SPLIT, NULL, 0));
 }
 

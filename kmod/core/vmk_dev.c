@@ -158,8 +158,6 @@ fail_count:
 static int
 check_extension(uint64_t cap)
 {
-	int v;
-
 	switch (cap) {
 	case ABI_CAP_HLT: case ABI_CAP_USER_MEMORY: case ABI_CAP_SET_TSS_ADDR:
 	case ABI_CAP_EXT_CPUID: case ABI_CAP_NOP_IO_DELAY:
@@ -184,10 +182,8 @@ check_extension(uint64_t cap)
 	case ABI_CAP_NR_MEMSLOTS:
 		return (VMK_MAX_SLOTS);
 	default:
-		break;
+		return (vmk_irqchip_cap(cap));
 	}
-	v = cap <= UINT32_MAX ? vmk_irqchip_cap((uint32_t)cap) : -1;
-	return (v > 0 ? v : 0);
 }
 
 static int
@@ -343,14 +339,14 @@ enable_cap(struct vmk_vm *vm, const struct abi_enable_cap *a)
 		vm->exit_on_emulation_failure = a->args[0] != 0;
 		return (0);
 	case ABI_CAP_SPLIT_IRQCHIP:
-		if (vmk_irqchip_cap(ABI_CAP_SPLIT_IRQCHIP) <= 0 ||
-		    a->args[0] > VMK_MAX_ROUTES)
+		/* So many I/O APIC pins; user space routes them. */
+		if (a->args[0] > VMK_MAX_ROUTES)
 			return (VMK_EINVAL);
 		if (vm->irqchip_mode != VMK_IRQCHIP_NONE)
 			return (VMK_EEXIST);
 		if (vm->nvcpus != 0)
 			return (VMK_EINVAL);
-		return (vmk_irqchip_create_split(vm, (uint32_t)a->args[0]));
+		return (vmk_irqchip_create_split(vm));
 	default:
 		return (VMK_EINVAL);
 	}
@@ -451,17 +447,16 @@ static int
 signal_msi(struct vmk_vm *vm, uint64_t arg, int *result)
 {
 	struct abi_msi a;
-	int error, st = 0;
+	int error;
 
 	error = vmk_copyin(arg, &a, sizeof(a));
 	if (error != 0)
 		return (error);
 	if (vm->irqchip == NULL || a.flags != 0)
 		return (VMK_EINVAL);
-	error = vmk_irq_msi(vm, (uint64_t)a.address_hi << 32 | a.address_lo,
-	    a.data, &st);
-	*result = st > 0;
-	return (error);
+	*result = vmk_irq_msi(vm, (uint64_t)a.address_hi << 32 | a.address_lo,
+	    a.data) > 0;
+	return (0);
 }
 
 /* Arguments that are copied in before vm->lock is taken. */

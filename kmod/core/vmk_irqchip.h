@@ -20,8 +20,8 @@
 
 #include "vmk_vm.h"
 
-/* Value for KVM_CHECK_EXTENSION if this part answers for cap, else -1. */
-int	vmk_irqchip_cap(uint32_t cap);
+/* What KVM_CHECK_EXTENSION says of this part's capabilities; else 0. */
+int	vmk_irqchip_cap(uint64_t cap);
 
 /* ---- life -------------------------------------------------------------- */
 
@@ -32,7 +32,7 @@ int	vmk_irqchip_cap(uint32_t cap);
  * 8259 and I/O APIC pin, 16-23 to the I/O APIC.
  */
 int	vmk_irqchip_create(struct vmk_vm *);
-int	vmk_irqchip_create_split(struct vmk_vm *, uint32_t ioapic_pins);
+int	vmk_irqchip_create_split(struct vmk_vm *);
 int	vmk_pit_create(struct vmk_vm *, uint32_t flags);
 /* At the machine's end; vm->irqchip may be NULL.  Timers, irqfds are gone. */
 void	vmk_irqchip_destroy(struct vmk_vm *);
@@ -89,10 +89,11 @@ void	vmk_lapic_tsc_changed(struct vmk_vcpu *);
 
 /*
  * Level on a GSI from one source (0: user space; irqfds have their own).
- * *status, may be NULL: 1 delivered, 0 coalesced, -1 masked or ignored.
+ * *status: 1 delivered, 0 coalesced, -1 masked or ignored; a message gives
+ * the same.
  */
 int	vmk_irq_line(struct vmk_vm *, uint32_t gsi, bool level, int *status);
-int	vmk_irq_msi(struct vmk_vm *, uint64_t addr, uint32_t data, int *status);
+int	vmk_irq_msi(struct vmk_vm *, uint64_t addr, uint32_t data);
 /* Config.  entries are already copied in; nr <= VMK_MAX_ROUTES. */
 #define	VMK_MAX_ROUTES	4096
 int	vmk_irq_set_routing(struct vmk_vm *,

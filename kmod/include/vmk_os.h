@@ -12,8 +12,9 @@
  * event callback, which may run with interrupts disabled.  Unless a comment
  * says otherwise a function is for sleepable context.
  *
- * Errors are positive errno values in Linux's numbering for the few that the
- * core uses (VMK_E*); the glue translates them.
+ * Errors are positive errno values.  Those that the core uses (VMK_E*) have
+ * the same numbers in all hosts, as all below 35 have; a host's own are passed
+ * through.
  */
 #ifndef VMK_OS_H
 #define	VMK_OS_H
@@ -25,7 +26,6 @@
 #define	VMK_EIO		5
 #define	VMK_ENXIO	6
 #define	VMK_E2BIG	7
-#define	VMK_EAGAIN	11
 #define	VMK_ENOMEM	12
 #define	VMK_EFAULT	14
 #define	VMK_EBUSY	16
@@ -33,9 +33,8 @@
 #define	VMK_ENODEV	19
 #define	VMK_EINVAL	22
 #define	VMK_ENFILE	23
-#define	VMK_ENOSPC	28
 #define	VMK_ENOTTY	25
-#define	VMK_EOPNOTSUPP	95
+#define	VMK_ENOSPC	28
 
 /* ---- memory ------------------------------------------------------------ */
 
@@ -198,7 +197,6 @@ void	 vmk_hv_release(void);
 /* ---- time -------------------------------------------------------------- */
 
 uint64_t vmk_time_ns(void);		/* monotonic, any context */
-uint64_t vmk_walltime_ns(void);		/* since 1970 UTC */
 uint32_t vmk_tsc_khz(void);
 
 /*
@@ -221,6 +219,7 @@ void	 vmk_timer_cancel(struct vmk_timer *);
  * A descriptor for a child object is made in two steps, so that user space
  * can never reach an object that is not finished, nor see one disappear
  * after it was reachable (CVE-2019-6974): prepare may fail, commit may not.
+ * Prepare is the last step that may fail, so that nothing has to be undone.
  * After commit the host calls vmk_object_ioctl() with that object and
  * vmk_object_release() once, at the last close.
  */
@@ -228,7 +227,6 @@ struct vmk_object;
 struct vmk_fd_ticket { void *os; int fd; };
 int	 vmk_fd_prepare(struct vmk_fd_ticket *, const char *name);
 void	 vmk_fd_commit(struct vmk_fd_ticket *, struct vmk_object *);
-void	 vmk_fd_abort(struct vmk_fd_ticket *);
 
 /* ---- eventfd ----------------------------------------------------------- */
 

@@ -290,37 +290,22 @@ svm_vcpu_destroy(struct vmk_vcpu *vcpu)
 	vcpu->arch = NULL;
 }
 
+/* Where the VMCB has those that need no more than that. */
+#define	AT(field)	offsetof(struct svm_vmcb, field)
+static const uint16_t creg_offset[VMK_NCREG] = {
+	[VMK_CR2] = AT(cr2), [VMK_CR3] = AT(cr3), [VMK_DR6] = AT(dr6),
+	[VMK_DR7] = AT(dr7), [VMK_PAT] = AT(g_pat), [VMK_STAR] = AT(star),
+	[VMK_LSTAR] = AT(lstar), [VMK_CSTAR] = AT(cstar),
+	[VMK_SFMASK] = AT(sfmask), [VMK_KERNEL_GS] = AT(kernel_gs),
+	[VMK_SYSENTER_CS] = AT(sysenter_cs),
+	[VMK_SYSENTER_ESP] = AT(sysenter_esp),
+	[VMK_SYSENTER_EIP] = AT(sysenter_eip),
+};
+
 static uint64_t *
 creg_slot(struct svm_vmcb *v, enum vmk_creg r)
 {
-	switch (r) {
-	case VMK_CR2:
-		return (&v->cr2);
-	case VMK_CR3:
-		return (&v->cr3);
-	case VMK_DR6:
-		return (&v->dr6);
-	case VMK_DR7:
-		return (&v->dr7);
-	case VMK_PAT:
-		return (&v->g_pat);
-	case VMK_STAR:
-		return (&v->star);
-	case VMK_LSTAR:
-		return (&v->lstar);
-	case VMK_CSTAR:
-		return (&v->cstar);
-	case VMK_SFMASK:
-		return (&v->sfmask);
-	case VMK_KERNEL_GS:
-		return (&v->kernel_gs);
-	case VMK_SYSENTER_CS:
-		return (&v->sysenter_cs);
-	case VMK_SYSENTER_ESP:
-		return (&v->sysenter_esp);
-	default:
-		return (&v->sysenter_eip);
-	}
+	return ((uint64_t *)(void *)((uint8_t *)v + creg_offset[r]));
 }
 
 static uint64_t
@@ -364,11 +349,9 @@ svm_set_creg(struct vmk_vcpu *vcpu, enum vmk_creg r, uint64_t val)
 	case VMK_EFER:
 		v->efer = val | EFER_SVME;
 		break;
-	case VMK_PAT:
-		v->clean &= ~CLEAN_NP;
-		v->g_pat = val;
-		break;
 	default:
+		if (r == VMK_PAT)
+			v->clean &= ~CLEAN_NP;
 		*creg_slot(v, r) = val;
 		break;
 	}

@@ -115,26 +115,6 @@ SYSCTL_PROC(_hw_kvm, OID_AUTO, pinned_pages,
     CTLTYPE_U64 | CTLFLAG_RD | CTLFLAG_MPSAFE, NULL, 0, sysctl_pinned, "QU",
     "Pages that machines wire now");
 
-/* The two numbers in which Linux and BSD differ among those in use. */
-static int
-bsd_errno(int error)
-{
-	switch (error) {
-	case VMK_EAGAIN:
-		return (EAGAIN);
-	case VMK_EOPNOTSUPP:
-		return (EOPNOTSUPP);
-	default:
-		return (error);
-	}
-}
-
-static int
-linux_errno(int error)
-{
-	return (error == EAGAIN ? VMK_EAGAIN : error);
-}
-
 /* ---- memory ------------------------------------------------------------ */
 
 void *
@@ -643,15 +623,6 @@ vmk_time_ns(void)
 	return ((uint64_t)sbttons(sbinuptime()));
 }
 
-uint64_t
-vmk_walltime_ns(void)
-{
-	struct timespec ts;
-
-	nanotime(&ts);
-	return ((uint64_t)ts.tv_sec * 1000000000UL + (uint64_t)ts.tv_nsec);
-}
-
 uint32_t
 vmk_tsc_khz(void)
 {
@@ -738,7 +709,7 @@ dispatch(struct vmk_object *obj, uint32_t request, uint64_t arg,
 	error = vmk_object_ioctl(obj, request, arg, &result);
 	if (error == 0)
 		td->td_retval[0] = result;
-	return (bsd_errno(error));
+	return (error);
 }
 
 static int
@@ -840,7 +811,7 @@ vmk_fd_prepare(struct vmk_fd_ticket *t, const char *name __unused)
 
 	error = falloc(curthread, &fp, &t->fd, O_CLOEXEC);
 	if (error != 0)
-		return (linux_errno(error));
+		return (error);
 	t->os = fp;
 	return (0);
 }
@@ -852,13 +823,6 @@ vmk_fd_commit(struct vmk_fd_ticket *t, struct vmk_object *obj)
 
 	finit(fp, FREAD | FWRITE, DTYPE_DEV, obj, &kvm_fileops);
 	fdrop(fp, curthread);
-}
-
-void
-vmk_fd_abort(struct vmk_fd_ticket *t)
-{
-	fdclose(curthread, t->os, t->fd);
-	fdrop((struct file *)t->os, curthread);
 }
 
 /* ---- eventfd ----------------------------------------------------------- */
@@ -891,7 +855,7 @@ vmk_event_get(int fd, struct vmk_event **out)
 	error = fget(curthread, fd, cap_rights_init(&rights, CAP_READ,
 	    CAP_WRITE), &fp);
 	if (error != 0)
-		return (linux_errno(error));
+		return (error);
 	if (fp->f_type != DTYPE_EVENTFD) {
 		fdrop(fp, curthread);
 		return (VMK_EINVAL);
@@ -978,7 +942,7 @@ vmk_event_listen(struct vmk_event *ev, void (*fn)(void *), void *arg)
 
 	error = falloc_noinstall(curthread, &mine);
 	if (error != 0)
-		return (linux_errno(error));
+		return (error);
 	finit(mine, FREAD | FWRITE, DTYPE_EVENTFD, ev->fp->f_data,
 	    ev->fp->f_ops);
 	ev->mine = mine;
@@ -995,7 +959,7 @@ vmk_event_listen(struct vmk_event *ev, void (*fn)(void *), void *arg)
 		fdrop(mine, curthread);
 		ev->mine = NULL;
 	}
-	return (linux_errno(error));
+	return (error);
 }
 
 void
@@ -1088,7 +1052,7 @@ kvm_load(void)
 		    (uint64_t)vm_cnt.v_page_count / 8 * 7;
 	if (vmk_tunables.max_vms == 0)
 		vmk_tunables.max_vms = 256;
-	error = bsd_errno(vmk_module_init());
+	error = vmk_module_init();
 	if (error != 0) {
 		printf("kvm: no usable processor extension (%d)\n", error);
 		return (error);
@@ -1118,7 +1082,7 @@ kvm_unload(void)
 	int error;
 
 	sx_xlock(&load_lock);
-	error = bsd_errno(vmk_module_fini());
+	error = vmk_module_fini();
 	unloaded = error == 0;
 	sx_xunlock(&load_lock);
 	if (error != 0)

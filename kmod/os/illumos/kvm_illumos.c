@@ -748,15 +748,6 @@ vmk_time_ns(void)
 	return ((uint64_t)gethrtime());
 }
 
-uint64_t
-vmk_walltime_ns(void)
-{
-	timespec_t ts;
-
-	gethrestime(&ts);
-	return ((uint64_t)ts.tv_sec * NANOSEC + (uint64_t)ts.tv_nsec);
-}
-
 uint32_t
 vmk_tsc_khz(void)
 {
@@ -883,19 +874,6 @@ vmk_fd_commit(struct vmk_fd_ticket *t, struct vmk_object *obj)
 	membar_producer();
 	setf(t->fd, fp);
 	f_setfd(t->fd, FD_CLOEXEC);
-}
-
-void
-vmk_fd_abort(struct vmk_fd_ticket *t)
-{
-	file_t *fp = t->os;
-	vnode_t *vp = fp->f_vnode;
-
-	setf(t->fd, NULL);
-	mutex_enter(&fp->f_tlock);
-	unfalloc(fp);
-	(void) VOP_CLOSE(vp, FREAD | FWRITE, 1, 0, CRED(), NULL);
-	VN_RELE(vp);
 }
 
 /* ---- eventfd ----------------------------------------------------------- */
@@ -1089,7 +1067,6 @@ static int
 kvm_ioctl(dev_t dev, int cmd, intptr_t arg, int mode, cred_t *cr, int *rvalp)
 {
 	struct vmk_object *obj = NULL;
-	int error;
 
 	_NOTE(ARGUNUSED(cr));
 	if ((mode & FKIOCTL) != 0 ||
@@ -1100,9 +1077,7 @@ kvm_ioctl(dev_t dev, int cmd, intptr_t arg, int mode, cred_t *cr, int *rvalp)
 		if (obj == NULL)
 			return (ENXIO);
 	}
-	error = vmk_object_ioctl(obj, (uint32_t)cmd, (uint64_t)arg, rvalp);
-	/* The one number that differs from Linux's among those in use. */
-	return (error == VMK_EOPNOTSUPP ? EOPNOTSUPP : error);
+	return (vmk_object_ioctl(obj, (uint32_t)cmd, (uint64_t)arg, rvalp));
 }
 
 static struct vmk_shared *

@@ -581,12 +581,6 @@ vmk_time_ns(void)
 	return (clock_ns(CLOCK_MONOTONIC));
 }
 
-uint64_t
-vmk_walltime_ns(void)
-{
-	return (clock_ns(CLOCK_REALTIME));
-}
-
 uint32_t
 vmk_tsc_khz(void)
 {
@@ -749,15 +743,6 @@ vmk_fd_commit(struct vmk_fd_ticket *t, struct vmk_object *obj)
 	pthread_mutex_lock(&fd_lock);
 	fds[t->fd].obj = obj;
 	pthread_mutex_unlock(&fd_lock);
-}
-
-void
-vmk_fd_abort(struct vmk_fd_ticket *t)
-{
-	pthread_mutex_lock(&fd_lock);
-	fds[t->fd].used = false;
-	pthread_mutex_unlock(&fd_lock);
-	let_go(1);
 }
 
 static struct vmk_object *

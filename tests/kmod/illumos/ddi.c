@@ -699,13 +699,6 @@ free_file(file_t *fp)
 }
 
 void
-unfalloc(file_t *fp)
-{
-	mutex_exit(&fp->f_tlock);
-	free_file(fp);
-}
-
-void
 setf(int fd, file_t *fp)
 {
 	files[fd] = fp;

@@ -206,7 +206,6 @@ cyclic_id_t cyclic_add(cyc_handler_t *, cyc_time_t *);
 void	cyclic_remove(cyclic_id_t);
 int	cyclic_reprogram(cyclic_id_t, hrtime_t);
 hrtime_t gethrtime(void);
-#define	gethrestime(ts)	clock_gettime(CLOCK_REALTIME, ts)
 #define	unscalehrtime(ns) ((uint64_t)(ns) * 2)
 
 /* Vnodes and files. */
@@ -236,7 +235,6 @@ extern cred_t fake_cred;
 #define	CRED()		(&fake_cred)
 #define	kcred		(&fake_cred)
 int	falloc(vnode_t *, int, file_t **, int *);
-void	unfalloc(file_t *);
 void	setf(int, file_t *);
 void	f_setfd(int, char);
 file_t	*getf(int);

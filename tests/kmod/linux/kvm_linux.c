@@ -379,12 +379,6 @@ vmk_time_ns(void)
 	return (ktime_get_ns());
 }
 
-uint64_t
-vmk_walltime_ns(void)
-{
-	return (ktime_get_real_ns());
-}
-
 uint32_t
 vmk_tsc_khz(void)
 {
@@ -511,13 +505,6 @@ vmk_fd_commit(struct vmk_fd_ticket *t, struct vmk_object *obj)
 
 	file->private_data = obj;
 	fd_install(t->fd, file);
-}
-
-void
-vmk_fd_abort(struct vmk_fd_ticket *t)
-{
-	put_unused_fd(t->fd);
-	fput(t->os);
 }
 
 /* ---- eventfd ----------------------------------------------------------- */
