@@ -113,6 +113,12 @@ internal unsafe struct Block
     /// <summary>Bit n: the n-th instruction's operand wanders from page to page (Translate/Sites.cs).</summary>
     public uint TlbInsns;
 
+    /// <summary>Times that a group's check failed with nothing missing in the TLB (Translate/Translator.Groups.cs).</summary>
+    public int GroupFailures;
+
+    /// <summary>1: operands are checked one by one.</summary>
+    public int NoGroups;
+
     /// <summary>Arithmetic flags that the block reads before it writes them, with bit 8 set; 0: not known yet.</summary>
     public int FlagsIn;
 }
@@ -126,6 +132,40 @@ internal unsafe struct JumpEntry
     public ulong Context;
     public Block* Target;
     public ulong Unused;
+}
+
+/// <summary>What an entry of the indirect-branch cache is for (Translate/Translator.Branches.cs).</summary>
+[StructLayout(LayoutKind.Explicit, Size = SizeBytes)]
+internal struct BranchKey
+{
+    public const int SizeBytes = 16;
+    public const int LinearOffset = 0;
+    public const int ContextOffset = 8;
+
+    /// <summary>Linear address of the code.</summary>
+    [FieldOffset(LinearOffset)]
+    public ulong Linear;
+
+    /// <summary>The quadword of CpuContext.Request and BranchTag while nothing is requested; 0 when the entry is empty.</summary>
+    [FieldOffset(ContextOffset)]
+    public ulong Context;
+}
+
+/// <summary>What an entry of the indirect-branch cache leads to.</summary>
+[StructLayout(LayoutKind.Explicit, Size = SizeBytes)]
+internal unsafe struct BranchTarget
+{
+    public const int SizeBytes = 16;
+    public const int CodeOffset = 0;
+    public const int PageOffset = 8;
+
+    /// <summary>Entry for flags in the image.</summary>
+    [FieldOffset(CodeOffset)]
+    public byte* Code;
+
+    /// <summary>What CodeBase becomes: the linear page.</summary>
+    [FieldOffset(PageOffset)]
+    public ulong Page;
 }
 
 /// <summary>Unmanaged part of the cache, embedded in the context.</summary>
@@ -156,8 +196,11 @@ internal unsafe struct BlockCache
     /// <summary>Direct branches to other pages that may be linked at a time.</summary>
     public const int MaxFarSites = 4096;
 
-    /// <summary>Tags and targets of the indirect-branch cache, alternating.</summary>
-    public ulong* BranchTable;
+    /// <summary>The indirect-branch cache: what its entries are for.</summary>
+    public BranchKey* BranchKeys;
+
+    /// <summary>The indirect-branch cache: what its entries lead to.</summary>
+    public BranchTarget* BranchTargets;
 
     /// <summary>Linked branches to other pages: where each starts (CodeCache.LinkFar).</summary>
     public byte** FarSites;
@@ -185,8 +228,8 @@ internal unsafe struct BlockCache
         return Jumps + (((row & (Rows - 1)) * RowEntries) + (column & (RowEntries - 1)));
     }
 
-    /// <summary>Where a linear address has its entry in <see cref="BranchTable"/>: the index of its tag.</summary>
-    public static ulong BranchSlot(ulong linear) => ((linear >> 11) ^ linear) & ((Branches - 1) << 1);
+    /// <summary>Which entry of the indirect-branch cache a linear address has.</summary>
+    public static int BranchSlot(ulong linear) => (int)(((linear >> 11) ^ linear) >> 1) & (Branches - 1);
 
     /// <summary>Drops jump-cache entries of a page and of instructions that cross into it.</summary>
     public void ForgetPage(ulong linear)
@@ -199,14 +242,13 @@ internal unsafe struct BlockCache
             return;
         }
 
-        // SAFETY: a window is a power of two of entries, and so is the table. Tags differ from addresses in bits 63:48.
-        const ulong pageBits = 0x0000FFFF_FFFFF000;
-        ulong* entry = BranchTable + (BranchSlot(linear) & ~(((ulong)BranchWindow * 2) - 1));
-        for (int i = 0; i < BranchWindow; i++, entry += 2)
+        // SAFETY: a window is a power of two of entries, and so is the table.
+        BranchKey* key = BranchKeys + (BranchSlot(linear) & ~(BranchWindow - 1));
+        for (int i = 0; i < BranchWindow; i++, key++)
         {
-            if (((*entry ^ linear) & pageBits) == 0)
+            if (((key->Linear ^ linear) & ~Mem.PageOffset) == 0)
             {
-                *entry = 0;
+                key->Context = 0;
             }
         }
 
@@ -224,7 +266,7 @@ internal unsafe struct BlockCache
     /// <summary>Drops the indirect-branch cache and the links to other pages.</summary>
     public void ForgetBranches()
     {
-        Unsafe.InitBlock(BranchTable, 0, Branches * 2 * sizeof(ulong));
+        Unsafe.InitBlock(BranchKeys, 0, Branches * BranchKey.SizeBytes);
         Unsafe.InitBlock(BranchPages, 0, BranchPageWords * sizeof(ulong));
         UnlinkFar();
     }

@@ -85,8 +85,7 @@ internal static class Seg
 }
 
 /// <summary>
-/// Why the dispatch loop should look up: bits of <see cref="CpuContext.Request"/>. Bit 0 is not used: it does not take part in
-/// the choice of an entry of the indirect-branch cache, and a request must not make one address look like another.
+/// Why the dispatch loop should look up: bits of <see cref="CpuContext.Request"/>.
 /// </summary>
 internal static class RequestBits
 {
@@ -119,17 +118,23 @@ internal unsafe struct CpuContext
     /// <summary>Where the TLB tables lie, reached by generated code through GS like everything here.</summary>
     public const int TlbOffset = SizeBytes;
 
-    /// <summary>The indirect-branch cache: tags and targets, alternating.</summary>
-    public const int BranchesOffset = TlbOffset + (TlbEntry.Tables * TlbEntry.Count * TlbEntry.SizeBytes);
+    /// <summary>The indirect-branch cache's keys.</summary>
+    public const int BranchKeysOffset = TlbOffset + (TlbEntry.Tables * TlbEntry.Count * TlbEntry.SizeBytes);
+
+    /// <summary>The indirect-branch cache's targets.</summary>
+    public const int BranchTargetsOffset = BranchKeysOffset + (BlockCache.Branches * BranchKey.SizeBytes);
 
     /// <summary>Translations cached by places in generated code (Translate/Sites.cs).</summary>
-    public const int SitesOffset = BranchesOffset + (BlockCache.Branches * 2 * sizeof(ulong));
+    public const int SitesOffset = BranchTargetsOffset + (BlockCache.Branches * BranchTarget.SizeBytes);
 
     /// <summary>Offsets of the sites that are filled, for each mode.</summary>
     public const int SiteJournalOffset = SitesOffset + (Sites.Count * Sites.EntryBytes);
 
+    /// <summary>What is counted of each site.</summary>
+    public const int SiteCountersOffset = SiteJournalOffset + (Sites.Count * sizeof(int));
+
     /// <summary>Bytes of the context and the tables behind it.</summary>
-    public const int TotalBytes = SiteJournalOffset + (Sites.Count * sizeof(int));
+    public const int TotalBytes = SiteCountersOffset + (Sites.Count * Sites.CounterBytes);
 
     /// <summary>Where the XSAVE area starts: standard (non-compacted) format, 64-byte aligned, 4096 bytes.</summary>
     public const int XsaveOffset = 0x1000;

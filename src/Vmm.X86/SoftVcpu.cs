@@ -33,7 +33,8 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         _cpu->Shared = vm.Shared;
         VectorUnit.Initialise(_cpu);
         _cpu->Tlbs = (TlbEntry*)((byte*)_cpu + CpuContext.TlbOffset);
-        _cpu->Blocks.BranchTable = (ulong*)((byte*)_cpu + CpuContext.BranchesOffset);
+        _cpu->Blocks.BranchKeys = (BranchKey*)((byte*)_cpu + CpuContext.BranchKeysOffset);
+        _cpu->Blocks.BranchTargets = (BranchTarget*)((byte*)_cpu + CpuContext.BranchTargetsOffset);
         _cpu->Blocks.FarSites = (byte**)Allocate<nint>(BlockCache.MaxFarSites, 64);
         _cpu->Blocks.FarPages = Allocate<ulong>(BlockCache.MaxFarSites, 64);
         _cpu->Blocks.BranchPages = Allocate<ulong>(BlockCache.BranchPageWords, 64);

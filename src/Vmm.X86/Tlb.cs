@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System.Runtime.CompilerServices;
+using System.Runtime.InteropServices;
 using System.Threading;
 using Vmm.Memory;
 
@@ -39,6 +40,7 @@ internal enum Access
 }
 
 /// <summary>A translation to host memory; 32 bytes.</summary>
+[StructLayout(LayoutKind.Explicit, Size = SizeBytes)]
 internal unsafe struct TlbEntry
 {
     /// <summary>Reaches 64 MiB of small pages: guests with large pages have all of them cut into small ones here.</summary>
@@ -46,13 +48,23 @@ internal unsafe struct TlbEntry
     public const int Tables = 4;
     public const int SizeBytes = 32;
 
+    public const int ReadTagOffset = 0;
+    public const int WriteTagOffset = 8;
+    public const int AddendOffset = 16;
+    public const int PageFlagsOffset = 24;
+
+    [FieldOffset(ReadTagOffset)]
     public ulong ReadTag;
+
+    [FieldOffset(WriteTagOffset)]
     public ulong WriteTag;
 
     /// <summary>Host address minus linear address.</summary>
+    [FieldOffset(AddendOffset)]
     public ulong Addend;
 
     /// <summary>The page's PageFlags byte.</summary>
+    [FieldOffset(PageFlagsOffset)]
     public byte* PageFlags;
 }
 

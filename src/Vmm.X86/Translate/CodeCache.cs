@@ -189,38 +189,10 @@ internal sealed unsafe class CodeCache : IDisposable
     }
 
     /// <summary>Cuts off the blocks of a page (a CodeInfo's index) that are older than its generation.</summary>
-    public void Cut(int index)
-    {
-        Block** at = &_pages[index];
-        while (*at != null)
-        {
-            Block* block = *at;
-            if (block->Generation == *block->PageGeneration)
-            {
-                at = &block->NextNative;
-                continue;
-            }
-
-            *at = block->NextNative;
-            Detach(block);
-        }
-    }
+    public void Cut(int index) => Cut(index, null);
 
     /// <summary>Cuts off one block, so that it is translated again.</summary>
-    public void Retire(CpuContext* cpu, Block* block)
-    {
-        Block** at = &_pages[PageIndex(cpu, block)];
-        while (*at != null && *at != block)
-        {
-            at = &(*at)->NextNative;
-        }
-
-        if (*at != null)
-        {
-            *at = block->NextNative;
-            Detach(block);
-        }
-    }
+    public void Retire(CpuContext* cpu, Block* block) => Cut(PageIndex(cpu, block), block);
 
     /// <summary>Lets a branch to another page go to its target directly.</summary>
     /// <param name="cpu">Its context.</param>
@@ -282,6 +254,24 @@ internal sealed unsafe class CodeCache : IDisposable
         NativeMemory.Free(Exits);
         NativeMemory.Free(_pages);
         _owner.ReturnArena(_write);
+    }
+
+    // One block of a page, or (null) all that are stale.
+    private void Cut(int index, Block* which)
+    {
+        Block** at = &_pages[index];
+        while (*at != null)
+        {
+            Block* block = *at;
+            if (which != null ? block != which : block->Generation == *block->PageGeneration)
+            {
+                at = &block->NextNative;
+                continue;
+            }
+
+            *at = block->NextNative;
+            Detach(block);
+        }
     }
 
     private void Detach(Block* block)

@@ -132,8 +132,9 @@ internal sealed unsafe class CodeStubs
     // the page that the entry names. A site grows over neighbours only where the TLB has them with the same addend.
     private static void EmitFillSite(ref Emitter e, int kind)
     {
-        bool isStore = (kind & 2) != 0;
-        int table = CpuContext.TlbOffset + ((kind >> 2) * TlbEntry.Count * TlbEntry.SizeBytes);
+        bool isStore = Sites.IsStore(kind);
+        int mode = Sites.ModeOf(kind);
+        int table = CpuContext.TlbOffset + (mode * TlbEntry.Count * TlbEntry.SizeBytes);
         e.Push(Host.Rax);
         e.Push(Host.Rcx);
         e.Move32(Host.Rcx, Host.T1);
@@ -151,10 +152,10 @@ internal sealed unsafe class CodeStubs
             EmitFlagsCheck(ref e, table, out unwritten, out outside);
         }
 
-        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Host.T1, Sites.Limit), 0, wide: true);
+        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Host.T1, SiteEntry.LimitOffset), 0, wide: true);
         byte* filled = e.JumpIf(HostCondition.NotEqual);
-        int count = Offsets.SiteCounts + ((kind >> 2) * sizeof(int));
-        int journal = CpuContext.SiteJournalOffset + ((kind >> 2) * Sites.CountOfMode * sizeof(int));
+        int count = Offsets.SiteCounts + (mode * sizeof(int));
+        int journal = CpuContext.SiteJournalOffset + (mode * Sites.CountOfMode * sizeof(int));
         e.Load32(Host.Rcx, HostMemory.Context(count));
         e.Store32(new HostMemory(Host.None, Host.Rcx, 2, journal, isContext: true), Host.T1);
         e.AluImmediate8(AluOp.Add, HostMemory.Context(count), 1);
@@ -164,25 +165,29 @@ internal sealed unsafe class CodeStubs
         e.Push(Host.Rsi);
         e.Push(Host.Rdi);
         e.AluImmediate8(AluOp.Add, HostMemory.Context(Offsets.SiteMisses), 1, wide: true);
-        EmitThrashCheck(ref e);
-        e.Load(Host.Rdx, HostMemory.Context(Host.Rax, table + Sites.TlbAddend));
+        e.Move(Host.Rsi, Host.T1);
+        e.Shift(5, Host.Rsi, Sites.CounterShift);
+        EmitThrashCheck(ref e, Host.Rsi);
+
+        // A place that moves between two pages must not pay for neighbours that are not there each time.
+        e.Load32(Host.Rcx, HostMemory.Context(Host.Rsi, Counters + SiteCounter.MissesOffset));
+        e.Load(Host.Rdx, HostMemory.Context(Host.Rax, table + TlbEntry.AddendOffset));
         e.Move(Host.Rbx, Host.T0);
         e.AluImmediate(AluOp.And, Host.Rbx, -4096);
         e.Lea(Host.Rsi, new HostMemory(Host.Rbx, 4096));
-
-        // A place that moves between two pages must not pay for neighbours that are not there each time.
-        e.Load32(Host.Rcx, HostMemory.Context(Host.T1, Sites.Misses));
         e.AluImmediate(AluOp.And, Host.Rcx, Sites.MissesOfGrowth - 1, wide: false);
         e.AluImmediate(AluOp.Cmp, Host.Rcx, 1);
         byte* stays = e.JumpIf(HostCondition.NotEqual);
         EmitGrow(ref e, table, isStore, Host.Rsi, 0, 4096);
         EmitGrow(ref e, table, isStore, Host.Rbx, -4096, -4096);
         e.Land(stays);
-        e.Store(HostMemory.Context(Host.T1, Sites.Low), Host.Rbx);
+        e.Store(HostMemory.Context(Host.T1, SiteEntry.LowOffset), Host.Rbx);
         e.Alu(AluOp.Sub, Host.Rsi, Host.Rbx);
-        e.AluImmediate(AluOp.Sub, Host.Rsi, ((kind & 1) != 0 ? Sites.LongBytes : Sites.ShortBytes) - 1);
-        e.Store(HostMemory.Context(Host.T1, Sites.Limit), Host.Rsi);
-        e.Store(HostMemory.Context(Host.T1, Sites.Addend), Host.Rdx);
+        e.AluImmediate(AluOp.Sub, Host.Rsi, Sites.BytesOf(kind) - 1);
+        e.Store(HostMemory.Context(Host.T1, SiteEntry.LimitOffset), Host.Rsi);
+        e.Store(HostMemory.Context(Host.T1, SiteEntry.AddendOffset), Host.Rdx);
+        e.Alu(AluOp.Add, Host.Rbx, Host.Rdx);
+        e.Store(HostMemory.Context(Host.T1, SiteEntry.HostLowOffset), Host.Rbx);
         e.Pop(Host.Rdi);
         e.Pop(Host.Rsi);
         e.Pop(Host.Rbx);
@@ -193,7 +198,7 @@ internal sealed unsafe class CodeStubs
         }
 
         // With ZF clear when the place thrashes: the helper hears of it.
-        e.Load(Host.T1, HostMemory.Context(Host.Rax, table + Sites.TlbAddend));
+        e.Load(Host.T1, HostMemory.Context(Host.Rax, table + TlbEntry.AddendOffset));
         e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.Thrashing), 0);
         e.Land(missing);
         if (isStore)
@@ -206,20 +211,25 @@ internal sealed unsafe class CodeStubs
         e.Return();
     }
 
-    // Counts a miss of the site in T1. Many of them in a short time: the place does not stay in a page, and had better look
+    // What an offset among the sites, shifted, is added to for its counter.
+    private const int Counters = CpuContext.SiteCountersOffset - (CpuContext.SitesOffset >> Sites.CounterShift);
+
+    // Counts a miss of the site whose offset is in a register, shifted. Many of them in a short time: the place does not stay in a page, and had better look
     // into the TLB each time. Destroys RCX and RDX.
-    private static void EmitThrashCheck(ref Emitter e)
+    private static void EmitThrashCheck(ref Emitter e, int counter)
     {
-        e.AluImmediate8(AluOp.Add, HostMemory.Context(Host.T1, Sites.Misses), 1);
-        e.Load32(Host.Rcx, HostMemory.Context(Host.T1, Sites.Misses));
+        HostMemory misses = HostMemory.Context(counter, Counters + SiteCounter.MissesOffset);
+        HostMemory since = HostMemory.Context(counter, Counters + SiteCounter.SinceOffset);
+        e.AluImmediate8(AluOp.Add, misses, 1);
+        e.Load32(Host.Rcx, misses);
         e.AluImmediate(AluOp.And, Host.Rcx, Sites.MissesOfThrash - 1, wide: false);
         byte* few = e.JumpIf(HostCondition.NotEqual);
         e.Push(Host.Rax);
         e.Byte(0x0F);
         e.Byte(0x31);
         e.Move32(Host.Rcx, Host.Rax);
-        e.Alu32(AluOp.Sub, Host.Rcx, HostMemory.Context(Host.T1, Sites.Since));
-        e.Store32(HostMemory.Context(Host.T1, Sites.Since), Host.Rax);
+        e.Alu32(AluOp.Sub, Host.Rcx, since);
+        e.Store32(since, Host.Rax);
         e.Pop(Host.Rax);
         e.AluImmediate(AluOp.Cmp, Host.Rcx, Sites.MissesOfThrash * Sites.CyclesOfThrash, wide: false);
         byte* slow = e.JumpIf(HostCondition.AboveOrEqual);
@@ -235,13 +245,13 @@ internal sealed unsafe class CodeStubs
         e.AluImmediate(AluOp.And, Host.Rax, (TlbEntry.Count - 1) << 5, wide: false);
         e.Alu(AluOp.Or, Host.Rcx, HostMemory.Context(Offsets.TlbAsid));
         e.Alu(
-            AluOp.Cmp, Host.Rcx, HostMemory.Context(Host.Rax, table + (isStore ? Sites.TlbWriteTag : Sites.TlbReadTag)));
+            AluOp.Cmp, Host.Rcx, HostMemory.Context(Host.Rax, table + (isStore ? TlbEntry.WriteTagOffset : TlbEntry.ReadTagOffset)));
     }
 
     // Pages whose flags somebody may clear while code runs get no sites for stores: only those of the main memory do.
     private static void EmitFlagsCheck(ref Emitter e, int table, out byte* unwritten, out byte* outside)
     {
-        e.Load(Host.Rcx, HostMemory.Context(Host.Rax, table + Sites.TlbPageFlags));
+        e.Load(Host.Rcx, HostMemory.Context(Host.Rax, table + TlbEntry.PageFlagsOffset));
         e.CompareByte(new HostMemory(Host.Rcx, 0), (int)Memory.PageFlags.Written);
         unwritten = e.JumpIf(HostCondition.NotEqual);
         e.Alu(AluOp.Sub, Host.Rcx, HostMemory.Context(Offsets.SiteFlagsLow));
@@ -259,7 +269,7 @@ internal sealed unsafe class CodeStubs
         e.Move(Host.Rax, Host.Rcx);
         EmitFind(ref e, table, isStore);
         byte* missing = e.JumpIf(HostCondition.NotEqual);
-        e.Alu(AluOp.Cmp, Host.Rdx, HostMemory.Context(Host.Rax, table + Sites.TlbAddend));
+        e.Alu(AluOp.Cmp, Host.Rdx, HostMemory.Context(Host.Rax, table + TlbEntry.AddendOffset));
         byte* elsewhere = e.JumpIf(HostCondition.NotEqual);
         byte* unwritten = null;
         byte* outside = null;
@@ -502,6 +512,13 @@ internal sealed unsafe class CodeStubs
         e.AluImmediate(AluOp.Add, Host.Rsp, 16);
         EmitReturn(ref e, ExitCode.Status);
     }
+}
+
+/// <summary>In the block's offset that CodeStubs.Handler gets.</summary>
+internal static class HandlerArgument
+{
+    /// <summary>The record is the first of a group whose check has failed.</summary>
+    public const uint OpensGroup = 1U << 31;
 }
 
 /// <summary>What the function behind CodeStubs.Handler answers.</summary>

@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
+using System.Runtime.InteropServices;
+
 namespace Vmm.X86;
 
 // Sites: translations that places in generated code keep for themselves, so that an access which stays in one page is
@@ -12,7 +14,10 @@ namespace Vmm.X86;
 // fills the site, with as many neighbouring pages as the TLB has that lie side by side in the host, too
 // (CodeStubs.FillSite); otherwise the handler executes the instruction.
 //
-// Classes. A site belongs to a privilege mode, is for loads or for stores, and for operands of up to 8 or up to 32 bytes
+// Where T0 is wanted for something else, or several operands are checked together (Translator.Groups.cs), the last
+// instruction is add T1, gs:[HostLow] instead: T1 is then where the operand is in the host.
+//
+// Classes. A site belongs to a privilege mode, is for loads or for stores, and for operands of up to 8, 32 or 128 bytes
 // (Limit leaves room for the longest). Each class has a ring of sites; places take the next one when they are translated,
 // so that places of one loop have different ones. Operands on the stack share the first of their ring.
 //
@@ -36,24 +41,56 @@ namespace Vmm.X86;
 // for sites: they never outlive a flush, a change of address space or of memory slots.
 
 /// <summary>A translation cached for a place in generated code.</summary>
+[StructLayout(LayoutKind.Explicit, Size = Sites.EntryBytes)]
 internal struct SiteEntry
 {
+    public const int LowOffset = 0;
+    public const int LimitOffset = 8;
+    public const int AddendOffset = 16;
+    public const int HostLowOffset = 24;
+
+    [FieldOffset(LowOffset)]
     public ulong Low;
+
+    [FieldOffset(LimitOffset)]
     public ulong Limit;
+
+    /// <summary>Host address minus linear address.</summary>
+    [FieldOffset(AddendOffset)]
     public ulong Addend;
 
-    /// <summary>Accesses that it did not have the page for.</summary>
+    /// <summary>Host address of Low: Low + Addend.</summary>
+    [FieldOffset(HostLowOffset)]
+    public ulong HostLow;
+}
+
+/// <summary>How a site does; apart from the sites, so that two of those fill a cache line.</summary>
+[StructLayout(LayoutKind.Explicit, Size = Sites.CounterBytes)]
+internal struct SiteCounter
+{
+    public const int MissesOffset = 0;
+    public const int SinceOffset = 4;
+
+    /// <summary>Accesses that the site did not have the page for.</summary>
+    [FieldOffset(MissesOffset)]
     public uint Misses;
 
     /// <summary>Low half of the host's time stamp when Misses was last a multiple of Sites.MissesOfThrash.</summary>
+    [FieldOffset(SinceOffset)]
     public uint Since;
 }
 
 /// <summary>Layout and flushing of the sites behind a context.</summary>
 internal static unsafe class Sites
 {
-    /// <summary>Bytes of a <see cref="SiteEntry"/>.</summary>
+    /// <summary>Bytes of a <see cref="SiteEntry"/>; a power of two.</summary>
     public const int EntryBytes = 32;
+
+    /// <summary>Bytes of a <see cref="SiteCounter"/>; a power of two.</summary>
+    public const int CounterBytes = 8;
+
+    /// <summary>How far an offset among the sites is shifted for that of the site's counter among the counters.</summary>
+    public const int CounterShift = 2;
 
     /// <summary>Sites of a class with operands up to 8 bytes.</summary>
     public const int ShortRing = 256;
@@ -61,8 +98,8 @@ internal static unsafe class Sites
     /// <summary>Sites of a class with operands up to 32 bytes.</summary>
     public const int LongRing = 64;
 
-    /// <summary>Classes with rings: three privilege modes, loads and stores, short and long operands.</summary>
-    public const int Classes = 12;
+    /// <summary>Sites of a class with groups of operands.</summary>
+    public const int GroupRing = 256;
 
     /// <summary>Longest short operand.</summary>
     public const int ShortBytes = 8;
@@ -70,20 +107,17 @@ internal static unsafe class Sites
     /// <summary>Longest operand.</summary>
     public const int LongBytes = 32;
 
-    /// <summary>Offset of <see cref="SiteEntry.Low"/>.</summary>
-    public const int Low = 0;
+    /// <summary>Longest span of a group of operands.</summary>
+    public const int GroupBytes = 128;
 
-    /// <summary>Offset of <see cref="SiteEntry.Limit"/>.</summary>
-    public const int Limit = 8;
+    /// <summary>Classes by length: short, long, group.</summary>
+    public const int Lengths = 3;
 
-    /// <summary>Offset of <see cref="SiteEntry.Addend"/>.</summary>
-    public const int Addend = 16;
+    /// <summary>Privilege modes that have sites: all but the one whose TLB is empty.</summary>
+    public const int Modes = 3;
 
-    /// <summary>Offset of <see cref="SiteEntry.Misses"/>.</summary>
-    public const int Misses = 24;
-
-    /// <summary>Offset of <see cref="SiteEntry.Since"/>.</summary>
-    public const int Since = 28;
+    /// <summary>Classes with rings: privilege modes, loads and stores, lengths.</summary>
+    public const int Classes = Modes * 2 * Lengths;
 
     /// <summary>So many misses (a power of two) are looked at together.</summary>
     public const int MissesOfThrash = 64;
@@ -97,30 +131,40 @@ internal static unsafe class Sites
     /// <summary>Neighbouring pages that a fill tries on each side.</summary>
     public const int Growth = 16;
 
-    /// <summary>Offsets in a <see cref="TlbEntry"/>.</summary>
-    public const int TlbReadTag = 0;
-    public const int TlbWriteTag = 8;
-    public const int TlbAddend = 16;
-    public const int TlbPageFlags = 24;
-
-    /// <summary>Privilege modes that have sites: all but the one whose TLB is empty.</summary>
-    public const int Modes = 3;
-
     /// <summary>All sites of a mode.</summary>
-    public const int CountOfMode = Classes / Modes / 2 * (ShortRing + LongRing);
+    public const int CountOfMode = 2 * (ShortRing + LongRing + GroupRing);
 
     /// <summary>All sites.</summary>
     public const int Count = Modes * CountOfMode;
 
-    /// <summary>Number of a class, 0 to 11.</summary>
+    /// <summary>Number of a class, less than <see cref="Classes"/>.</summary>
     public static int Class(MmuMode mode, bool write, int size) =>
-        ((int)mode * 4) + (write ? 2 : 0) + (size > ShortBytes ? 1 : 0);
+        (((int)mode * 2) + (write ? 1 : 0)) * Lengths + (size > LongBytes ? 2 : size > ShortBytes ? 1 : 0);
+
+    /// <summary>The privilege mode of a class.</summary>
+    public static int ModeOf(int kind) => kind / (2 * Lengths);
+
+    /// <summary>A class' sites are for stores.</summary>
+    public static bool IsStore(int kind) => (kind / Lengths & 1) != 0;
+
+    /// <summary>Most bytes that a class' operands have.</summary>
+    public static int BytesOf(int kind) => (kind % Lengths) switch
+    {
+        0 => ShortBytes,
+        1 => LongBytes,
+        _ => GroupBytes,
+    };
 
     /// <summary>Offset of a site in the context, by class and number.</summary>
     public static int Offset(int kind, int number)
     {
-        int first = kind / 2 * (ShortRing + LongRing);
-        int inRing = (kind & 1) != 0 ? ShortRing + (number & (LongRing - 1)) : number & (ShortRing - 1);
+        int first = kind / Lengths * (CountOfMode / 2);
+        int inRing = (kind % Lengths) switch
+        {
+            0 => number & (ShortRing - 1),
+            1 => ShortRing + (number & (LongRing - 1)),
+            _ => ShortRing + LongRing + (number & (GroupRing - 1)),
+        };
         return CpuContext.SitesOffset + ((first + inRing) * EntryBytes);
     }
 
@@ -150,8 +194,8 @@ internal static unsafe class Sites
             int* journal = Journal(cpu, mode);
             for (int i = cpu->SiteCounts[mode] - 1; i >= 0; i--)
             {
-                int kind = (journal[i] - CpuContext.SitesOffset) / ((ShortRing + LongRing) * EntryBytes);
-                if ((kind & 1) != 0)
+                int half = (journal[i] - CpuContext.SitesOffset) / (CountOfMode / 2 * EntryBytes);
+                if ((half & 1) != 0)
                 {
                     ((SiteEntry*)((byte*)cpu + journal[i]))->Limit = 0;
                     journal[i] = journal[--cpu->SiteCounts[mode]];
@@ -171,7 +215,7 @@ internal static unsafe class Sites
             for (int i = cpu->SiteCounts[mode] - 1; i >= 0; i--)
             {
                 var site = (SiteEntry*)((byte*)cpu + journal[i]);
-                if ((linear & ~Mem.PageOffset) - site->Low < site->Limit + LongBytes)
+                if ((linear & ~Mem.PageOffset) - site->Low < site->Limit + GroupBytes)
                 {
                     site->Limit = 0;
                     journal[i] = journal[--cpu->SiteCounts[mode]];
@@ -203,6 +247,9 @@ internal static unsafe class Sites
     private static int* Journal(CpuContext* cpu, int mode) =>
         (int*)((byte*)cpu + CpuContext.SiteJournalOffset) + (mode * CountOfMode);
 
+    private static SiteCounter* Counter(CpuContext* cpu, int site) =>
+        (SiteCounter*)((byte*)cpu + CpuContext.SiteCountersOffset + ((site - CpuContext.SitesOffset) >> CounterShift));
+
     private static void Drop(CpuContext* cpu, int mode)
     {
         int* journal = Journal(cpu, mode);
@@ -210,7 +257,7 @@ internal static unsafe class Sites
         {
             var site = (SiteEntry*)((byte*)cpu + journal[i]);
             site->Limit = 0;
-            site->Misses = 0;
+            Counter(cpu, journal[i])->Misses = 0;
         }
 
         cpu->SiteCounts[mode] = 0;

@@ -11,6 +11,9 @@ namespace Vmm.X86;
 // collection never waits for guest code. Helpers are UnmanagedCallersOnly and let nothing escape.
 public sealed unsafe partial class SoftVcpu
 {
+    // So often may a group's operands lie in pages that no site has side by side.
+    private const int MaxGroupFailures = 16;
+
     private CodeCache? _code;
     private Translator? _translator;
     private TraitsTable? _traits;
@@ -218,10 +221,14 @@ public sealed unsafe partial class SoftVcpu
             return false;
         }
 
-        // SAFETY: BranchSlot stays inside the table and leaves room for the target behind the tag.
-        ulong* entry = cpu->Blocks.BranchTable + BlockCache.BranchSlot(linear);
-        entry[0] = linear ^ ((ulong)Tag(cpu) << 48);
-        entry[1] = (ulong)next->EntryFlagImage;
+        // SAFETY: BranchSlot stays inside the tables.
+        int slot = BlockCache.BranchSlot(linear);
+        cpu->Blocks.BranchKeys[slot] = new BranchKey { Linear = linear, Context = (ulong)Tag(cpu) << 48 };
+        cpu->Blocks.BranchTargets[slot] = new BranchTarget
+        {
+            Code = next->EntryFlagImage,
+            Page = linear & ~Mem.PageOffset,
+        };
         cpu->Blocks.AddBranchPage(linear);
         return true;
     }
@@ -289,7 +296,8 @@ public sealed unsafe partial class SoftVcpu
     private static ulong ExecuteRecord(CpuContext* cpu, ulong recordOffset, ulong blockOffset)
     {
         var insn = (Insn*)(cpu->Blocks.Arena + recordOffset);
-        var block = (Block*)(cpu->Blocks.Arena + blockOffset);
+        bool opensGroup = (blockOffset & HandlerArgument.OpensGroup) != 0;
+        var block = (Block*)(cpu->Blocks.Arena + (blockOffset & ~(ulong)HandlerArgument.OpensGroup));
         Status status;
         try
         {
@@ -308,8 +316,16 @@ public sealed unsafe partial class SoftVcpu
             // The handler, and a device behind it, sees the count of what was executed before.
             ulong rest = Uncounted(cpu, block, insn);
             cpu->InstructionCount -= rest;
+            ulong fills = cpu->TlbFills;
             status = insn->Handler(cpu, insn);
             cpu->InstructionCount += rest;
+            if (opensGroup && status == Status.Next && fills == cpu->TlbFills &&
+                ++block->GroupFailures == MaxGroupFailures)
+            {
+                block->NoGroups = 1;
+                From(cpu)._code!.Retire(cpu, block);
+            }
+
             if (status == Status.Next)
             {
                 int loaded = cpu->VectorsLoaded;
@@ -381,10 +397,11 @@ public sealed unsafe partial class SoftVcpu
 
         From(cpu)._softwareInterrupt = false;
         Prepare(cpu);
-        // SAFETY: BranchSlot stays inside the table; targets are entries of blocks of the present arena, or of dead ones,
+        // SAFETY: BranchSlot stays inside the tables; targets are entries of blocks of the present arena, or of dead ones,
         // which forward.
-        ulong* entry = cpu->Blocks.BranchTable + BlockCache.BranchSlot(cpu->Rip);
-        if (entry[0] != (cpu->Rip ^ ((ulong)cpu->BranchTag << 48)))
+        int slot = BlockCache.BranchSlot(cpu->Rip);
+        BranchKey* key = cpu->Blocks.BranchKeys + slot;
+        if (key->Linear != cpu->Rip || key->Context != (ulong)cpu->BranchTag << 48)
         {
             From(cpu)._wantsBranch = true;
             return false;
@@ -394,7 +411,7 @@ public sealed unsafe partial class SoftVcpu
         cpu->CodeBase = cpu->Rip & ~Mem.PageOffset;
         ulong flags = Flags.GetArithmetic(cpu);
         cpu->FlagImage = ((flags & 0xD5) << 8) | (flags >> 11);
-        cpu->ExitInfo = entry[1];
+        cpu->ExitInfo = (ulong)cpu->Blocks.BranchTargets[slot].Code;
         return true;
     }
 

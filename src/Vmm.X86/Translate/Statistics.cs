@@ -67,6 +67,7 @@ internal static unsafe class Statistics
             new("places-with-handler", translator?.HandlerSites ?? 0),
             new("places-with-site", translator?.SitePlaces ?? 0),
             new("places-with-tlb", translator?.TlbPlaces ?? 0),
+            new("groups-of-operands", translator?.Groups ?? 0),
             new("site-misses", (long)cpu->SiteMisses),
             new("tlb-fills", (long)cpu->TlbFills),
             new("flushes-of-all", cpu->FlushesOfAll),

@@ -5,18 +5,17 @@ namespace Vmm.X86;
 
 // Ways out of a block. Inside the page: a jump that the dispatcher links to its target. To a known place in another page:
 // a jump that is linked, too, but looks first whether the same code page runs in the same address space (FarBranch); an
-// invalidation of translations unlinks those. Otherwise a probe of the indirect-branch cache, a table of (linear address
-// xor BranchTag, entry for flags in the image):
+// invalidation of translations unlinks those. Otherwise a probe of the indirect-branch cache, two tables of (linear
+// address, quadword of Request and BranchTag while nothing is requested) and (entry for flags in the image, page):
 //
-//     T0 = target; Rip = T0; T1 = (T0 ^ T0 >> 11) & (entries - 1) << 1
-//     T0 ^= [Request, BranchTag]; cmp T0, table[T1]; jne miss
-//     T0 ^= [Request, BranchTag]; CodeBase = T0 & -4096; jmp table[T1 + 1]
+//     T0 = target; T1 = (T0 ^ T0 >> 11) & (entries - 1) << 1
+//     cmp T0, keys[T1].Linear; jne miss; T0 = [Request, BranchTag]; cmp T0, keys[T1].Context; jne other
+//     CodeBase = targets[T1].Page; jmp targets[T1].Code
+//     other: T0 = keys[T1].Linear; miss: Rip = T0
 //
-// Linear addresses are canonical, so the tag in bits 63:48 can be undone by nothing but the same tag; what the guest takes
-// from memory or a register for RET and JMP is looked at before it is believed, because an address that is not canonical can
-// equal the tag of another address space's entry, or of an empty one. CALL has looked before it pushed. A pending request
-// changes low bits that also choose the entry, so that no entry matches. (One that comes between the two loads changes
-// only bits of T0 that the last AND clears.)
+// Tables hold canonical addresses only, so what the guest takes from memory or a register for RET and JMP needs no other
+// look: what is not canonical misses, and the dispatcher lets the branch fault. CALL looks before it pushes. A pending
+// request makes every probe miss.
 internal sealed unsafe partial class Translator
 {
     private bool IsInPage(long offset) => PageOffset + offset is >= 0 and <= 4095;
@@ -68,7 +67,7 @@ internal sealed unsafe partial class Translator
 
     private void EmitJcc(in Instruction instruction)
     {
-        NeedFlags();
+        NeedFlags(Host.T1);
         long target = (long)instruction.NearBranchTarget;
         int condition = (int)instruction.ConditionCode - (int)ConditionCode.o;
         bool pollsHere = IsBackward(target) && PollPoint() < 0;
@@ -145,7 +144,7 @@ internal sealed unsafe partial class Translator
     {
         if (!_inImage && _inHost)
         {
-            CodeStubs.SaveFlags(ref _e, Host.T1);
+            SaveFlags();
             _inImage = true;
         }
 
@@ -172,7 +171,7 @@ internal sealed unsafe partial class Translator
         _e.Land(other);
         _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
         _e.AluImmediate(AluOp.Add, Host.T0, offset + PageOffset);
-        EmitBranchProbe(exit, isComputed: false);
+        EmitBranchProbe(exit);
     }
 
     // A branch to a computed address, or one (record -1) whose target the translator knows to be as good as canonical;
@@ -181,45 +180,34 @@ internal sealed unsafe partial class Translator
     {
         // SAFETY: a distance inside the arena, as in EmitHandlerCall.
         int offset = record < 0 ? -1 : (int)((byte*)(_block->First + record) - _cpu->Blocks.Arena);
-        int exit = _cache.AddExit(ExitKindOfCode.Indirect, _block, offset, null, false, undoRsp);
-        EmitBranchProbe(exit, isComputed: record >= 0);
+        EmitBranchProbe(_cache.AddExit(ExitKindOfCode.Indirect, _block, offset, null, false, undoRsp));
     }
 
-    private void EmitBranchProbe(int exit, bool isComputed)
+    // Goes to the linear address in T0.
+    private void EmitBranchProbe(int exit)
     {
-        _e.Store(HostMemory.Context(Offsets.Rip), Host.T0);
-        byte* refused = null;
-        if (isComputed)
-        {
-            // The guest chose all 64 bits, and could have chosen the tag, too: bits 63:47 must be equal.
-            _e.Move(Host.T1, Host.T0);
-            _e.Shift(7, Host.T1, 47);
-            _e.AluImmediate(AluOp.Add, Host.T1, 1);
-            _e.AluImmediate(AluOp.Cmp, Host.T1, 1);
-            refused = _e.JumpIf(HostCondition.Above);
-        }
-
         _e.Move(Host.T1, Host.T0);
         _e.Shift(5, Host.T1, 11);
         _e.Alu32(AluOp.Xor, Host.T1, Host.T0);
         _e.AluImmediate(AluOp.And, Host.T1, (BlockCache.Branches - 1) << 1, wide: false);
-        _e.Alu(AluOp.Xor, Host.T0, HostMemory.Context(Offsets.Request));
-        _e.Alu(AluOp.Cmp, Host.T0, new HostMemory(Host.None, Host.T1, 3, CpuContext.BranchesOffset, isContext: true));
+        _e.Alu(AluOp.Cmp, Host.T0, BranchTable(CpuContext.BranchKeysOffset + BranchKey.LinearOffset));
         byte* miss = _e.JumpIf(HostCondition.NotEqual);
-        _e.Alu(AluOp.Xor, Host.T0, HostMemory.Context(Offsets.Request));
-        _e.AluImmediate(AluOp.And, Host.T0, -4096);
+        _e.Load(Host.T0, HostMemory.Context(Offsets.Request));
+        _e.Alu(AluOp.Cmp, Host.T0, BranchTable(CpuContext.BranchKeysOffset + BranchKey.ContextOffset));
+        byte* other = _e.JumpIf(HostCondition.NotEqual);
+        _e.Load(Host.T0, BranchTable(CpuContext.BranchTargetsOffset + BranchTarget.PageOffset));
         _e.Store(HostMemory.Context(Offsets.CodeBase), Host.T0);
-        _e.JumpMemory(
-            new HostMemory(Host.None, Host.T1, 3, CpuContext.BranchesOffset + sizeof(ulong), isContext: true));
+        _e.JumpMemory(BranchTable(CpuContext.BranchTargetsOffset + BranchTarget.CodeOffset));
+        _e.Land(other);
+        _e.Load(Host.T0, BranchTable(CpuContext.BranchKeysOffset + BranchKey.LinearOffset));
         _e.Land(miss);
-        if (refused != null)
-        {
-            _e.Land(refused);
-        }
-
+        _e.Store(HostMemory.Context(Offsets.Rip), Host.T0);
         _e.MoveImmediate(Host.T0, (uint)exit);
         _e.Jump(_cache.Stubs.ExitFlagImage);
     }
+
+    // A field of the entry that T1, twice its number, names.
+    private static HostMemory BranchTable(int offset) => new(Host.None, Host.T1, 3, offset, isContext: true);
 
     private void EmitJmpIndirect(in Instruction instruction)
     {
@@ -243,7 +231,7 @@ internal sealed unsafe partial class Translator
             }
 
             FreeFlagsForExit();
-            HostMemory operand = Check(instruction, 8, write: false, 1, compact: false);
+            HostMemory operand = Check(instruction, 8, write: false, 1, needsT0: false);
             _e.Load(Host.T0, operand);
             return true;
         }
@@ -264,7 +252,7 @@ internal sealed unsafe partial class Translator
 
     private void PushReturnAddress()
     {
-        Probe(new HostMemory(Host.GuestRsp, -8), 8, write: true, 1);
+        CheckPush();
         _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
         _e.Lea(Host.T0, new HostMemory(Host.T0, EndOffset + PageOffset));
         StorePushed(Host.T0);
@@ -274,6 +262,7 @@ internal sealed unsafe partial class Translator
     {
         FreeFlagsForExit();
         PushReturnAddress();
+        FlushRsp();
         long target = (long)instruction.NearBranchTarget;
         if (!IsInPage(target))
         {
@@ -306,7 +295,7 @@ internal sealed unsafe partial class Translator
         _e.Alu(AluOp.Cmp, Host.T1, Host.T0);
         SlowJump(_e.JumpIf(HostCondition.NotEqual));
 
-        // The target waits in Rip: it is where the probe stores it anyway.
+        // The target waits in Rip.
         _e.Store(HostMemory.Context(Offsets.Rip), Host.T0);
         PushReturnAddress();
         _e.Load(Host.T0, HostMemory.Context(Offsets.Rip));
@@ -317,9 +306,10 @@ internal sealed unsafe partial class Translator
     {
         FreeFlagsForExit();
         int drop = 8 + (instruction.Code == Code.Retnq_imm16 ? instruction.Immediate16 : 0);
-        Probe(new HostMemory(Host.GuestRsp, 0), 8, write: false, 1);
-        _e.Load(Host.T0, new HostMemory(Host.GuestRsp, Host.T1, 0, 0));
-        _e.Lea(Host.GuestRsp, new HostMemory(Host.GuestRsp, drop));
+        HostMemory top = CheckPop();
+        _e.Load(Host.T0, top);
+        MoveRsp(drop);
+        FlushRsp();
         EmitBranchProbe(_at, (short)-drop);
     }
 

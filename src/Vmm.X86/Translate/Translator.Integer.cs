@@ -9,7 +9,30 @@ internal sealed unsafe partial class Translator
     private void EmitInsn()
     {
         ref Instruction instruction = ref _insns[_at];
-        switch (_traits[_at].Kind)
+        InsnKind kind = _traits[_at].Kind;
+        bool keepsHeld = kind is InsnKind.Pass or InsnKind.Vector or InsnKind.X87 or InsnKind.Nop or InsnKind.Lea
+            or InsnKind.Push or InsnKind.PushImmediate or InsnKind.Pop;
+        _held = keepsHeld ? _held : -1;
+        if (!InGroup)
+        {
+            OpenGroup();
+        }
+        else if (_rspDelta != 0 && ReadsRsp(instruction))
+        {
+            FlushRsp();
+        }
+
+        EmitInsn(instruction, kind);
+        _held = keepsHeld ? _held : -1;
+        if (_at == _groupLast)
+        {
+            FlushRsp();
+        }
+    }
+
+    private void EmitInsn(in Instruction instruction, InsnKind kind)
+    {
+        switch (kind)
         {
             case InsnKind.Pass:
             case InsnKind.Vector:
@@ -50,7 +73,7 @@ internal sealed unsafe partial class Translator
                 break;
             case InsnKind.Div:
             case InsnKind.Idiv:
-                OrHandler(Mark(), TryDivide(instruction, _traits[_at].Kind == InsnKind.Idiv));
+                OrHandler(Mark(), TryDivide(instruction, kind == InsnKind.Idiv));
                 break;
             case InsnKind.Push:
                 EmitPush(instruction);
@@ -117,6 +140,9 @@ internal sealed unsafe partial class Translator
     // The interpreter's handler executes the instruction. Flags are everywhere afterwards.
     private void CallHandler()
     {
+        // Inside a group this is no way out: T1 would be lost.
+        _groupFailed |= InGroup;
+        _held = -1;
         FreeFlags();
         EmitHandlerCall(_at);
         _inHost = true;
@@ -181,17 +207,31 @@ internal sealed unsafe partial class Translator
             return false;
         }
 
-        int first = memory >= 0 ? Host.T1 : Host.T0;
+        if (spilled1 >= 0 && spilled1 == _held)
+        {
+            (spilled0, spilled1) = (spilled1, spilled0);
+        }
+
         int loads = 0;
         int stores = 0;
         for (int i = 0; i < instruction.OpCount; i++)
         {
-            if (instruction.GetOpKind(i) != OpKind.Register)
+            if (instruction.GetOpKind(i) == OpKind.Register && IsSpilled(instruction.GetOpRegister(i)))
             {
-                continue;
+                Register register = instruction.GetOpRegister(i);
+                int access = (traits.Access >> (2 * i)) & 3;
+                int bit = Number(register) == spilled0 ? 1 : 2;
+                loads |= (access & 1) != 0 || register.GetSize() < 4 ? bit : 0;
+                stores |= (access & 2) != 0 ? bit : 0;
             }
+        }
 
-            Register register = instruction.GetOpRegister(i);
+        // What is only written can share T1 with the address.
+        bool isMember = IsMember;
+        int first = memory < 0 || isMember || (loads & 1) != 0 ? Host.T0 : Host.T1;
+        for (int i = 0; i < instruction.OpCount; i++)
+        {
+            Register register = instruction.GetOpKind(i) == OpKind.Register ? instruction.GetOpRegister(i) : Register.None;
             if (!register.IsGPR() || IsHighByte(register))
             {
                 continue;
@@ -200,10 +240,6 @@ internal sealed unsafe partial class Translator
             int number = Number(register);
             if (IsSpilled(number))
             {
-                int access = (traits.Access >> (2 * i)) & 3;
-                int bit = number == spilled0 ? 1 : 2;
-                loads |= (access & 1) != 0 || register.GetSize() < 4 ? bit : 0;
-                stores |= (access & 2) != 0 ? bit : 0;
                 instruction.SetOpRegister(i, Like(register, number == spilled0 ? first : Host.T1));
             }
             else if (number == Host.Rsp)
@@ -213,7 +249,11 @@ internal sealed unsafe partial class Translator
         }
 
         bool touches = (traits.Reads | traits.Writes) != 0;
-        if (memory >= 0)
+        if (isMember)
+        {
+            SetMemory(ref instruction, MemberOperand);
+        }
+        else if (memory >= 0)
         {
             bool restores = touches && _live[_at] != 0;
             int access = (traits.Access >> (2 * memory)) & 3;
@@ -228,18 +268,18 @@ internal sealed unsafe partial class Translator
             FreeFlags();
             HostMemory operand = Check(
                 original, size, (access & 2) != 0, isVector ? traits.Alignment : locks ? size : 1,
-                compact: restores || spilled0 >= 0);
+                needsT0: restores || (loads & 1) != 0);
             SetMemory(ref instruction, operand);
         }
 
         if (touches)
         {
-            NeedFlags();
+            NeedFlags(memory >= 0 || InGroup ? Host.T0 : Host.T1);
         }
 
         if ((loads & 1) != 0)
         {
-            _e.Load(first, Slot(spilled0));
+            Hold(spilled0);
         }
 
         if ((loads & 2) != 0)
@@ -255,6 +295,7 @@ internal sealed unsafe partial class Translator
         if ((stores & 1) != 0)
         {
             _e.Store(Slot(spilled0), first);
+            _held = first == Host.T0 ? spilled0 : _held == spilled0 ? -1 : _held;
         }
 
         if ((stores & 2) != 0)
@@ -338,6 +379,7 @@ internal sealed unsafe partial class Translator
         if (IsSpilled(number))
         {
             _e.Store(Slot(number), host);
+            _held = number;
         }
     }
 
@@ -356,7 +398,7 @@ internal sealed unsafe partial class Translator
         int divisor;
         if (isMemory)
         {
-            HostMemory operand = Check(original, size, write: false, 1, compact: false);
+            HostMemory operand = Check(original, size, write: false, 1, needsT0: false);
             divisor = Host.T1;
             if (size == 8)
             {
@@ -439,7 +481,6 @@ internal sealed unsafe partial class Translator
 
     private void EmitPush(in Instruction instruction)
     {
-        FreeFlags();
         if (instruction.Op0Kind == OpKind.Memory)
         {
             // Load first; the value waits in T0 while the stack is checked.
@@ -449,7 +490,9 @@ internal sealed unsafe partial class Translator
                 return;
             }
 
-            HostMemory source = Check(instruction, 8, write: false, 1, compact: false);
+            FreeFlags();
+            HostMemory source = Check(instruction, 8, write: false, 1, needsT0: false);
+            _held = -1;
             _e.Load(Host.T0, source);
             Probe(new HostMemory(Host.GuestRsp, -8), 8, write: true, 1);
             StorePushed(Host.T0);
@@ -457,28 +500,65 @@ internal sealed unsafe partial class Translator
         }
 
         int number = Number(instruction.Op0Register);
-        Probe(new HostMemory(Host.GuestRsp, -8), 8, write: true, 1);
+        CheckPush();
         int host = IsSpilled(number) ? Host.T0 : HostOf(number);
         if (IsSpilled(number))
         {
-            _e.Load(host, Slot(number));
+            Hold(number);
         }
 
         StorePushed(host);
     }
 
+    // Checks the stack for PUSH and CALL, if that is not done.
+    private void CheckPush()
+    {
+        if (!IsMember)
+        {
+            FreeFlags();
+            Probe(new HostMemory(Host.GuestRsp, -8), 8, write: true, 1);
+        }
+    }
+
+    // Checks the stack for POP and RET, if that is not done; answers where the top is.
+    private HostMemory CheckPop()
+    {
+        if (IsMember)
+        {
+            return MemberOperand;
+        }
+
+        FreeFlags();
+        Probe(new HostMemory(Host.GuestRsp, 0), 8, write: false, 1);
+        return new HostMemory(Host.GuestRsp, Host.T1, 0, 0);
+    }
+
+    // RSP += by, at once or later.
+    private void MoveRsp(int by)
+    {
+        if (IsMember)
+        {
+            _rspDelta += by;
+        }
+        else
+        {
+            _e.Lea(Host.GuestRsp, new HostMemory(Host.GuestRsp, by));
+        }
+    }
+
+    private HostMemory Pushed => IsMember ? MemberOperand : new HostMemory(Host.GuestRsp, Host.T1, 0, -8);
+
     private void StorePushed(int host)
     {
-        _e.Store(new HostMemory(Host.GuestRsp, Host.T1, 0, -8), host);
-        _e.Lea(Host.GuestRsp, new HostMemory(Host.GuestRsp, -8));
+        _e.Store(Pushed, host);
+        MoveRsp(-8);
     }
 
     private void EmitPushImmediate(in Instruction instruction)
     {
-        FreeFlags();
-        Probe(new HostMemory(Host.GuestRsp, -8), 8, write: true, 1);
-        _e.StoreImmediate(new HostMemory(Host.GuestRsp, Host.T1, 0, -8), (int)(long)instruction.GetImmediate(0));
-        _e.Lea(Host.GuestRsp, new HostMemory(Host.GuestRsp, -8));
+        CheckPush();
+        _e.StoreImmediate(Pushed, (int)(long)instruction.GetImmediate(0));
+        MoveRsp(-8);
     }
 
     private void EmitPop(in Instruction instruction)
@@ -490,14 +570,14 @@ internal sealed unsafe partial class Translator
             return;
         }
 
-        FreeFlags();
-        Probe(new HostMemory(Host.GuestRsp, 0), 8, write: false, 1);
+        HostMemory top = CheckPop();
         int host = IsSpilled(number) ? Host.T0 : number;
-        _e.Load(host, new HostMemory(Host.GuestRsp, Host.T1, 0, 0));
-        _e.Lea(Host.GuestRsp, new HostMemory(Host.GuestRsp, 8));
+        _e.Load(host, top);
+        MoveRsp(8);
         if (IsSpilled(number))
         {
             _e.Store(Slot(number), host);
+            _held = number;
         }
     }
 

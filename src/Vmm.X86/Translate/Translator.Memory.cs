@@ -37,6 +37,7 @@ internal sealed unsafe partial class Translator
         HostMemory form;
         if (start is Register.RIP or Register.EIP)
         {
+            _held = -1;
             _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
             form = new HostMemory(Host.T0, displacement + PageOffset);
         }
@@ -46,9 +47,10 @@ internal sealed unsafe partial class Translator
             int i = index == Register.None ? Host.None : Number(index);
             if (i >= 0 && IsSpilled(i))
             {
-                _e.Load(Host.T0, Slot(i));
+                Hold(i);
                 if (b >= 0 && IsSpilled(b))
                 {
+                    _held = -1;
                     _e.Lea(Host.T0, new HostMemory(Host.None, Host.T0, scale, displacement));
                     _e.Alu(AluOp.Add, Host.T0, Slot(b));
                     form = new HostMemory(Host.T0, 0);
@@ -60,7 +62,7 @@ internal sealed unsafe partial class Translator
             }
             else if (b >= 0 && IsSpilled(b))
             {
-                _e.Load(Host.T0, Slot(b));
+                Hold(b);
                 form = new HostMemory(Host.T0, i < 0 ? Host.None : HostOf(i), scale, displacement);
             }
             else
@@ -73,12 +75,14 @@ internal sealed unsafe partial class Translator
             index != Register.None ? index.GetSize() == 4 : instruction.MemoryDisplSize == 4 && HasAddressPrefix(instruction));
         if (is32)
         {
+            _held = -1;
             _e.Lea32(Host.T0, form);
             form = new HostMemory(Host.T0, 0);
         }
 
         if (segment >= 0)
         {
+            _held = -1;
             HostMemory value = HostMemory.Context(CpuContext.SegmentsOffset + (segment * 32) + 8);
             if (form.Base < 0 && form.Index < 0)
             {
@@ -117,51 +121,80 @@ internal sealed unsafe partial class Translator
         return displacement is >= int.MinValue + 8192 and <= int.MaxValue - 8192;
     }
 
-    // Checks an operand and answers where it is in the host. With compact, the address is in T0 alone and T1 is free.
-    private HostMemory Check(in Instruction instruction, int size, bool write, int alignment, bool compact)
+    // Makes T0 hold a register that lives in the context, or leaves it at that.
+    private void Hold(int register)
+    {
+        if (_held != register)
+        {
+            _e.Load(Host.T0, Slot(register));
+            _held = register;
+        }
+    }
+
+    private static bool UsesT0(in HostMemory form) => form.Base == Host.T0 || form.Index == Host.T0;
+
+    // Checks an operand and answers where it is in the host. With needsT0, T0 is not part of that.
+    private HostMemory Check(in Instruction instruction, int size, bool write, int alignment, bool needsT0)
     {
         HostMemory form = LinearOf(instruction);
-        bool wanders = Wanders(form);
-        if (wanders)
+        if (Wanders(form))
         {
+            bool usesT0 = UsesT0(form);
             ProbeTlb(form, size, write, alignment);
-            form = form.Base == Host.T0 || form.Index == Host.T0 ? LinearOf(instruction) : form;
-        }
+            form = usesT0 ? LinearOf(instruction) : form;
+            if (needsT0 && (form.Index >= 0 || usesT0))
+            {
+                AddAddress(form);
+                return new HostMemory(Host.T1, 0);
+            }
 
-        if (form.Index >= 0)
-        {
-            _e.Lea(Host.T0, form);
-            form = new HostMemory(Host.T0, 0);
+            form = Flat(form);
         }
-
-        if (!wanders)
+        else if (needsT0 && (form.Index >= 0 || UsesT0(form)))
         {
+            Probe(form, size, write, alignment, isMerged: true);
+            return new HostMemory(Host.T1, 0);
+        }
+        else
+        {
+            form = Flat(form);
             Probe(form, size, write, alignment);
         }
 
-        if (!compact)
-        {
-            return form.Base < 0
-                ? new HostMemory(Host.T1, form.Displacement)
-                : new HostMemory(form.Base, Host.T1, 0, form.Displacement);
-        }
-
-        int at = form.Base < 0 ? Host.T1 : form.Base;
-        if (at != Host.T0)
-        {
-            _e.Move(Host.T0, at);
-        }
-
-        if (at != Host.T1)
-        {
-            _e.Alu(AluOp.Add, Host.T0, Host.T1);
-        }
-
-        return new HostMemory(Host.T0, form.Displacement);
+        return form.Base < 0
+            ? new HostMemory(Host.T1, form.Displacement)
+            : new HostMemory(form.Base, Host.T1, 0, form.Displacement);
     }
 
-    // The check proper; leaves the addend in T1. T0 stays as it is.
-    private void Probe(in HostMemory form, int size, bool write, int alignment)
+    // A form without an index.
+    private HostMemory Flat(in HostMemory form)
+    {
+        if (form.Index < 0)
+        {
+            return form;
+        }
+
+        _held = -1;
+        _e.Lea(Host.T0, form);
+        return new HostMemory(Host.T0, 0);
+    }
+
+    // T1 = the addend in T1 + what a form addresses. May use T0.
+    private void AddAddress(in HostMemory form)
+    {
+        if (form.Index < 0 && form.Base >= 0)
+        {
+            _e.Lea(Host.T1, new HostMemory(form.Base, Host.T1, 0, form.Displacement));
+            return;
+        }
+
+        _held = -1;
+        _e.Lea(Host.T0, form);
+        _e.Alu(AluOp.Add, Host.T1, Host.T0);
+    }
+
+    // The check proper. Leaves in T1 the addend or, when merged, where the operand is in the host. T0 stays as it is.
+    private void Probe(in HostMemory form, int size, bool write, int alignment, bool isMerged = false)
     {
         MmuMode mode = DataMode;
         if (mode == MmuMode.Empty)
@@ -172,8 +205,7 @@ internal sealed unsafe partial class Translator
 
         SitePlaces++;
         int kind = Sites.Class(mode, write, size);
-        bool isStack = form.Base == Host.GuestRsp && form.Index < 0;
-        int site = Sites.Offset(kind, isStack ? 0 : ++_nextSite[kind]);
+        int site = Sites.Offset(kind, IsStack(form) ? 0 : ++_nextSite[kind]);
         Address(form);
         if (alignment > 1)
         {
@@ -181,10 +213,18 @@ internal sealed unsafe partial class Translator
             SlowJump(_e.JumpIf(HostCondition.NotEqual));
         }
 
-        _e.Alu(AluOp.Sub, Host.T1, HostMemory.Context(site + Sites.Low));
-        _e.Alu(AluOp.Cmp, Host.T1, HostMemory.Context(site + Sites.Limit));
+        _e.Alu(AluOp.Sub, Host.T1, HostMemory.Context(site + SiteEntry.LowOffset));
+        _e.Alu(AluOp.Cmp, Host.T1, HostMemory.Context(site + SiteEntry.LimitOffset));
         byte* other = _e.JumpIf(HostCondition.AboveOrEqual);
-        _e.Load(Host.T1, HostMemory.Context(site + Sites.Addend));
+        if (isMerged)
+        {
+            _e.Alu(AluOp.Add, Host.T1, HostMemory.Context(site + SiteEntry.HostLowOffset));
+        }
+        else
+        {
+            _e.Load(Host.T1, HostMemory.Context(site + SiteEntry.AddendOffset));
+        }
+
         _misses[_missCount++] = new SiteMiss
         {
             Jump = other,
@@ -193,19 +233,23 @@ internal sealed unsafe partial class Translator
             Site = site | ((size - 1) << 24),
             Kind = kind,
             Insn = _at,
+            Last = _slowLast,
+            IsMerged = isMerged,
         };
     }
+
+    // Operands on the stack have the same site, since frames lie side by side.
+    private static bool IsStack(in HostMemory form) => form.Base == Host.GuestRsp && form.Index < 0;
 
     // Whether an operand had better be looked up in the TLB than have a site. Kernels go from object to object, and run so
     // many places between two returns to one that sites miss: measured, they cost twice what the TLB does. Stacks stay.
     private bool Wanders(in HostMemory form)
     {
-        bool isStack = form.Base == Host.GuestRsp && form.Index < 0;
         return DataMode switch
         {
             MmuMode.Empty => false,
             MmuMode.User => ((_block->TlbInsns >> _at) & 1) != 0,
-            _ => !isStack || ((_block->TlbInsns >> _at) & 1) != 0,
+            _ => !IsStack(form) || ((_block->TlbInsns >> _at) & 1) != 0,
         };
     }
 
@@ -213,6 +257,7 @@ internal sealed unsafe partial class Translator
     private void ProbeTlb(in HostMemory form, int size, bool write, int alignment)
     {
         TlbPlaces++;
+        _held = -1;
         int table = CpuContext.TlbOffset + ((int)DataMode * TlbEntry.Count * TlbEntry.SizeBytes);
         _e.Lea(Host.T1, form);
         if (alignment > 1)
@@ -228,16 +273,16 @@ internal sealed unsafe partial class Translator
         _e.AluImmediate(AluOp.And, Host.T0, -4096);
         _e.Alu(AluOp.Or, Host.T0, HostMemory.Context(Offsets.TlbAsid));
         _e.Alu(
-            AluOp.Cmp, Host.T0, HostMemory.Context(Host.T1, table + (write ? Sites.TlbWriteTag : Sites.TlbReadTag)));
+            AluOp.Cmp, Host.T0, HostMemory.Context(Host.T1, table + (write ? TlbEntry.WriteTagOffset : TlbEntry.ReadTagOffset)));
         SlowJump(_e.JumpIf(HostCondition.NotEqual));
         if (write)
         {
-            _e.Load(Host.T0, HostMemory.Context(Host.T1, table + Sites.TlbPageFlags));
+            _e.Load(Host.T0, HostMemory.Context(Host.T1, table + TlbEntry.PageFlagsOffset));
             _e.CompareByte(new HostMemory(Host.T0, 0), (int)Memory.PageFlags.Written);
             SlowJump(_e.JumpIf(HostCondition.NotEqual));
         }
 
-        _e.Load(Host.T1, HostMemory.Context(Host.T1, table + Sites.TlbAddend));
+        _e.Load(Host.T1, HostMemory.Context(Host.T1, table + TlbEntry.AddendOffset));
     }
 
     // T1 = what a form addresses.
@@ -262,10 +307,17 @@ internal sealed unsafe partial class Translator
         _e.Move(Host.T0, Host.T1);
         _e.MoveImmediate(Host.T1, (uint)miss.Site);
         _e.Call((byte*)_cache.Stubs.FillSite[miss.Kind]);
+        if (miss.IsMerged)
+        {
+            _e.Lea(Host.T1, new HostMemory(Host.T0, Host.T1, 0, 0));
+        }
+
         _e.Pop(Host.T0);
         _e.JumpIf(HostCondition.Equal, (byte*)miss.Back);
         _at = miss.Insn;
+        _slowLast = miss.Last;
         SlowJump(_e.JumpForward());
+        _slowLast = -1;
     }
 
     private MmuMode DataMode => (_block->Key & (BlockKey.User | BlockKey.Ac)) switch
@@ -285,5 +337,11 @@ internal sealed unsafe partial class Translator
         public int Site;
         public int Kind;
         public int Insn;
+
+        /// <summary>Of a group: its last instruction; otherwise -1.</summary>
+        public int Last;
+
+        /// <summary>T1 becomes the host's address instead of the addend.</summary>
+        public bool IsMerged;
     }
 }

@@ -30,7 +30,8 @@ namespace Vmm.X86;
 // Interrupts. Backward jumps poll Request at a point where flags are dead; a probe of the indirect-branch cache polls
 // for nothing (CpuContext.BranchTag). Straight code does not poll.
 //
-// Files: Translator (blocks, flags, liveness), .Memory (operands and checks), .Integer, .System, .Branches.
+// Files: Translator (blocks, flags, liveness), .Memory (operands and checks), .Groups (checks for several), .Integer,
+// .System, .Branches.
 
 /// <summary>Makes host code from decoded blocks. One for each vCPU; used by its thread only.</summary>
 internal sealed unsafe partial class Translator
@@ -50,6 +51,7 @@ internal sealed unsafe partial class Translator
     private readonly SlowSite[] _slow = new SlowSite[MaxInsns * 8];
     private readonly SiteMiss[] _misses = new SiteMiss[MaxInsns * 3];
     private readonly nint[] _resume = new nint[MaxInsns + 1];
+    private readonly int[] _heldAt = new int[MaxInsns + 1];
     private readonly ColdExit[] _cold = new ColdExit[8];
 
     private Emitter _e;
@@ -63,6 +65,10 @@ internal sealed unsafe partial class Translator
     private int _coldCount;
     private bool _inHost;
     private bool _inImage;
+    private int _slowLast = -1;
+
+    // The register of the context that T0 holds as well; -1 for none. Every change is stored at once.
+    private int _held;
 
     public Translator(CodeCache cache, TraitsTable traits)
     {
@@ -112,15 +118,18 @@ internal sealed unsafe partial class Translator
         _cpu = cpu;
         _block = block;
         _count = block->Count;
-        _slowCount = 0;
-        _missCount = 0;
-        _coldCount = 0;
-        _e = new Emitter(start);
         Read(block, _insns, _traits);
         uint liveOut = LiveOut();
         Liveness(liveOut);
         block->FlagsIn = (int)_live[0] | 0x100;
-        Body();
+        _groupFailed = false;
+        Body(start);
+        if (_groupFailed)
+        {
+            // An instruction in a group needs its handler after all.
+            Body(start);
+        }
+
         byte* end = _e.At;
         _e = new Emitter(_cache.NextCold);
         Cold();
@@ -294,8 +303,15 @@ internal sealed unsafe partial class Translator
 
     private int PageOffset => (int)(_block->Physical & Mem.PageOffset);
 
-    private void Body()
+    private void Body(byte* start)
     {
+        _e = new Emitter(start);
+        _slowCount = 0;
+        _missCount = 0;
+        _coldCount = 0;
+        _groupLast = -1;
+        _rspDelta = 0;
+        _held = -1;
         Entries();
         int poll = PollPoint();
         _poll = poll;
@@ -304,14 +320,17 @@ internal sealed unsafe partial class Translator
             _at = i;
             if (i == poll)
             {
+                FlushRsp();
                 EmitPoll();
             }
 
             EmitInsn();
             _resume[i] = (nint)_e.At;
+            _heldAt[i] = _held;
         }
 
         _at = _count;
+        _groupLast = -1;
         InsnKind last = _count == 0 ? InsnKind.Nop : _traits[_count - 1].Kind;
         if (last < InsnKind.Jcc)
         {
@@ -459,19 +478,27 @@ internal sealed unsafe partial class Translator
     {
         if (_live[_at] != 0 && !_inImage)
         {
-            CodeStubs.SaveFlags(ref _e, Host.T1);
+            SaveFlags();
             _inImage = true;
         }
 
         _inHost = false;
     }
 
+    // Inside a group, T1 is taken.
+    private void SaveFlags()
+    {
+        CodeStubs.SaveFlags(ref _e, InGroup ? Host.T0 : Host.T1);
+        _held = InGroup ? -1 : _held;
+    }
+
     // Before something that reads flags, or writes only some of those that are live behind it.
-    private void NeedFlags()
+    private void NeedFlags(int scratch)
     {
         if (!_inHost && _live[_at] != 0)
         {
-            CodeStubs.LoadFlags(ref _e, Host.T1);
+            CodeStubs.LoadFlags(ref _e, scratch);
+            _held = scratch == Host.T0 ? -1 : _held;
             _inHost = true;
         }
     }
@@ -485,15 +512,16 @@ internal sealed unsafe partial class Translator
 
     private void SlowJump(byte* jump)
     {
-        _slow[_slowCount++] = new SlowSite { Jump = jump, Insn = _at };
+        _slow[_slowCount++] = new SlowSite { Jump = jump, Insn = _at, Last = _slowLast };
     }
 
-    private void EmitHandlerCall(int index)
+    private void EmitHandlerCall(int index, bool opensGroup = false)
     {
         Insn* record = _block->First + index;
-        // SAFETY: records and blocks lie in the arena, which is smaller than 4 GiB: only their distance is used.
+        // SAFETY: records and blocks lie in the arena, which is smaller than 2 GiB: only their distance is used.
+        uint block = (uint)((byte*)_block - _cpu->Blocks.Arena);
         _e.MoveImmediate(Host.T0, (uint)((byte*)record - _cpu->Blocks.Arena));
-        _e.MoveImmediate(Host.T1, (uint)((byte*)_block - _cpu->Blocks.Arena));
+        _e.MoveImmediate(Host.T1, opensGroup ? block | HandlerArgument.OpensGroup : block);
         _e.Call(_cache.Stubs.Handler);
     }
 
@@ -527,8 +555,18 @@ internal sealed unsafe partial class Translator
                 }
             }
 
-            EmitHandlerCall(index);
-            _e.Jump((byte*)_resume[index]);
+            int last = _slow[i].Last < 0 ? index : _slow[i].Last;
+            for (int j = index; j <= last; j++)
+            {
+                EmitHandlerCall(j, opensGroup: j == index && last != index);
+            }
+
+            if (_heldAt[last] >= 0)
+            {
+                _e.Load(Host.T0, Slot(_heldAt[last]));
+            }
+
+            _e.Jump((byte*)_resume[last]);
         }
 
         byte* stale = _e.At;
@@ -556,6 +594,9 @@ internal sealed unsafe partial class Translator
     {
         public byte* Jump;
         public int Insn;
+
+        /// <summary>Of a group: its last instruction; otherwise -1.</summary>
+        public int Last;
     }
 
     private enum ColdKind
