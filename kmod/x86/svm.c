@@ -113,6 +113,14 @@ switch_off(void *arg)
 	wrmsr(MSR_VM_HSAVE, 0);
 }
 
+/* Nothing is known of this processor's caches: the next ASID flushes all. */
+static void
+forget_caches(struct svm_cpu *c)
+{
+	c->asid_gen++;
+	c->next_asid = svm_nasid;
+}
+
 /* Interrupts disabled, on the processor that c belongs to. */
 static void
 switch_on(struct svm_cpu *c)
@@ -120,9 +128,7 @@ switch_on(struct svm_cpu *c)
 	wrmsr(MSR_EFER, rdmsr(MSR_EFER) | EFER_SVME);
 	wrmsr(MSR_VM_HSAVE, c->hsave_pa);
 	c->on_gen = svm_gen;
-	/* Nothing is known of this processor's caches. */
-	c->asid_gen++;
-	c->next_asid = svm_nasid;
+	forget_caches(c);
 }
 
 static int
@@ -685,6 +691,11 @@ svm_enter(struct vmk_vcpu *vcpu, const struct vmk_entry *e,
 
 	svm_enter_guest(s->vmcb_pa, vcpu->gpr, c->host_pa);
 
+	if (v->exitcode == SVM_X_INVALID) {
+		/* Nor whether a flush that was due has happened. */
+		vcpu->tlb_gen = 0;
+		forget_caches(c);
+	}
 	vmk_run_left(vcpu);
 	if (v->exitcode == SVM_X_EXC + VMK_MC)
 		__asm__ __volatile__("int $18");

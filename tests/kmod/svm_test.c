@@ -141,8 +141,9 @@ test_asids(void)
 	CHECK_EQ(vmcb.asid, 1);
 	CHECK_EQ(vmcb.tlb_control, TLB_FLUSH_GUEST);
 	CHECK_EQ(vmcb.clean, CLEAN_ALWAYS);
-	cpu[0].asid_gen++;			/* as after a resume */
+	forget_caches(&cpu[0]);			/* as after a resume */
 	choose_asid(&a, &cpu[0], 0, false);
+	CHECK_EQ(vmcb.tlb_control, TLB_FLUSH_ALL);
 	CHECK_EQ(vmcb.clean, 0);
 	vmcb.clean = CLEAN_ALWAYS;
 	svm_set_creg(&vcpu, VMK_PAT, 6);
