@@ -339,6 +339,13 @@ public interface ICpuInterruptPort
     /// <summary>See <see cref="TryReadMsr"/>.</summary>
     bool TryWriteMsr(uint msr, ulong value);
 
+    /// <summary>
+    /// IA32_TSC is guest time at the stated frequency plus this, modulo 2^64; 0 at first. The driver tells each change, from
+    /// the vCPU's thread or while it rests: the guest wrote IA32_TSC or IA32_TSC_ADJUST, or a state was loaded. A TSC
+    /// deadline moves in guest time with it (SDM 3A 11.5.4.1).
+    /// </summary>
+    void SetTscOffset(ulong ticks);
+
     /// <summary>Says whom to wake; called once by the run loop before anything can become pending.</summary>
     void Attach(ICpuWaker waker);
 }

@@ -193,6 +193,10 @@ public sealed unsafe class InstructionCompleter : IDisposable
 
         public bool TryWriteMsr(uint msr, ulong value) => false;
 
+        public void SetTscOffset(ulong ticks)
+        {
+        }
+
         public void Attach(ICpuWaker waker)
         {
         }

@@ -205,14 +205,12 @@ internal static unsafe class Msrs
                 break;
             case Tsc:
                 ulong delta = value - vcpu.ReadTsc();
-                cpu->Msr.TscOffset += delta;
                 cpu->Msr.TscAdjust += delta;
-                SoftVcpu.ForgetTsc(cpu);
+                vcpu.MoveTsc(delta);
                 return true;
             case TscAdjust:
-                cpu->Msr.TscOffset += value - cpu->Msr.TscAdjust;
+                vcpu.MoveTsc(value - cpu->Msr.TscAdjust);
                 cpu->Msr.TscAdjust = value;
-                SoftVcpu.ForgetTsc(cpu);
                 return true;
             case Efer:
                 return TryWriteEfer(cpu, value);
@@ -300,7 +298,7 @@ internal static unsafe class Msrs
         }
         else if (index == Tsc)
         {
-            cpu->Msr.TscOffset += value - vcpu.ReadTscAtRest();
+            vcpu.MoveTsc(value - vcpu.ReadTscAtRest());
         }
         else if (index == TscAdjust)
         {

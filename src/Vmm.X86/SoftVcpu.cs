@@ -108,6 +108,14 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         return value;
     }
 
+    /// <summary>Adds to the time stamp counter, modulo 2^64. Its thread, or while it rests.</summary>
+    internal void MoveTsc(ulong ticks)
+    {
+        _cpu->Msr.TscOffset = unchecked(_cpu->Msr.TscOffset + ticks);
+        ForgetTsc(_cpu);
+        _interrupts.SetTscOffset(_cpu->Msr.TscOffset);
+    }
+
     /// <summary>The same by the clock alone: for a machine that stands still.</summary>
     internal ulong ReadTscAtRest() => Vm.Tsc.AtClock() + _cpu->Msr.TscOffset;
 

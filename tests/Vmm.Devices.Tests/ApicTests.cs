@@ -357,6 +357,30 @@ public sealed class ApicTests
         (_wakers[0].Wakes - before).Should().BeInRange(100, 201);
     }
 
+    // 11.5.4.1: the deadline is one of the counter, wherever the guest sets that.
+    [Theory]
+    [InlineData(1000L, 500)]
+    [InlineData(-6000L, 4000)]
+    [InlineData(2000L, 0)]
+    public void TscDeadline_FollowsACounterThatIsSet(long offset, int afterNs)
+    {
+        MakeEnabled(1);
+        Write(0, 0x320, 0x4_0030);
+        _clock.Advance(4000);
+        _apics[0].TryWriteMsr(0x6E0, 10000);
+
+        _apics[0].SetTscOffset((ulong)offset);
+
+        if (afterNs > 0)
+        {
+            _clock.Advance(afterNs - 1);
+            _apics[0].HasInterrupt.Should().BeFalse();
+        }
+
+        _clock.Advance(1);
+        _apics[0].Acknowledge().Should().Be(0x30);
+    }
+
     // 11.5.4.1
     [Fact]
     public void TscDeadline_WhenReached_FiresAndClears()

@@ -230,6 +230,10 @@ internal sealed class FakeInterruptPort : ICpuInterruptPort
         return msr is >= 0x800 and <= 0x8FF;
     }
 
+    public void SetTscOffset(ulong ticks)
+    {
+    }
+
     public void Attach(ICpuWaker waker)
     {
     }

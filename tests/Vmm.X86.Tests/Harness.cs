@@ -63,6 +63,10 @@ internal sealed class FakePort : ICpuInterruptPort, IRegisterWindow
 
     public ICpuWaker? Waker { get; private set; }
 
+    public ulong TscOffset { get; private set; }
+
+    public void SetTscOffset(ulong ticks) => TscOffset = ticks;
+
     public void Attach(ICpuWaker waker) => Waker = waker;
 
     public ulong Read(uint offset, AccessWidth width)

@@ -299,6 +299,32 @@ public sealed class SystemInstructionTests
         bool Has(int page) => (log[page >> 6] >> (page & 63) & 1) != 0;
     }
 
+    // SDM 3B 18.17.3: a write to either register moves both and the counter; the APIC's deadline timer has to know.
+    [Theory]
+    [InlineData(0x3Bu, 0x7000u)]
+    [InlineData(0x10u, 0x12345678u)]
+    public void TimeStampCounter_ThatTheGuestSets_IsToldToTheInterruptPort(uint msr, uint value)
+    {
+        using var vm = new TestVm();
+        vm.EnterProtected();
+        vm.Assemble(TestVm.CodeAt, 32, a =>
+        {
+            a.mov(ecx, msr);
+            a.mov(eax, value);
+            a.xor(edx, edx);
+            a.wrmsr();
+            a.mov(ecx, 0x3B);
+            a.rdmsr();
+            a.hlt();
+        });
+
+        vm.Run().Should().Be(ExitKind.Halted);
+
+        ulong adjust = vm.State.Gpr[0] | (vm.State.Gpr[2] << 32);
+        adjust.Should().NotBe(0);
+        vm.Port.TscOffset.Should().Be(adjust, "the counter started at guest time");
+    }
+
     private static TestVm TwoTasks()
     {
         var vm = new TestVm();

@@ -140,6 +140,10 @@ internal sealed class QuietInterruptPort : ICpuInterruptPort
 
     public bool TryWriteMsr(uint msr, ulong value) => false;
 
+    public void SetTscOffset(ulong ticks)
+    {
+    }
+
     public void Attach(ICpuWaker waker)
     {
     }

@@ -13,7 +13,7 @@ namespace Vmm.Devices.Legacy;
 // writes what the processor polls into volatile fields, so that "is there something?" costs one read.
 //
 // The timer counts at 1 GHz (a tick is a nanosecond of guest time) through the divider; in TSC-deadline mode it
-// compares with the guest's time stamp counter, which the vCPU's driver tells as a function of guest time.
+// compares with the guest's time stamp counter: a function of guest time, plus an offset that the vCPU's driver tells.
 //
 // The 8259 pair is behind LINT0. With ExtINT there, its output level is the request and its acknowledge cycle gives the
 // vector; it is asked without our gate, because it drives LINT0 under its own. While the APIC is disabled in
@@ -114,6 +114,7 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
     // count may be over before the host timer was even armed, and the interrupt must still come.
     private bool _timerExpired;
     private ulong _tscDeadline;
+    private ulong _tscOffset; // the vCPU's, which saves and loads it
     private bool _paused = true;
     private bool _lint0;
     private bool _lint1;
@@ -137,7 +138,7 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
     /// <param name="bus">Where IPIs go.</param>
     /// <param name="clock">Guest time.</param>
     /// <param name="tscKhz">Frequency of the guest's time stamp counter in kHz.</param>
-    /// <param name="tscAt">The guest's time stamp counter at a guest time in nanoseconds.</param>
+    /// <param name="tscAt">The guest's time stamp counter at a guest time in nanoseconds, without the vCPU's offset.</param>
     /// <param name="pic">The 8259 pair, for the processor whose LINT0 it drives; else null.</param>
     public LocalApic(
         int index, ApicBus bus, IClock clock, long tscKhz, Func<long, ulong> tscAt, IExternalInterruptSource? pic)
@@ -310,11 +311,12 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
     /// <summary>Sets a pending NMI (a front end's "nmi" command, a watchdog).</summary>
     public void InjectNmi() => Accept(ApicDelivery.Nmi, 0, false);
 
-    /// <summary>The guest wrote its time stamp counter: the deadline moves in guest time.</summary>
-    public void OnTscChanged()
+    /// <inheritdoc/>
+    public void SetTscOffset(ulong ticks)
     {
         lock (_gate)
         {
+            _tscOffset = ticks;
             ArmTimer();
         }
     }
@@ -474,7 +476,7 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
                     if (IsTscDeadline)
                     {
                         _tscDeadline = value;
-                        if (value != 0 && !_paused && _tscAt(_clock.NowNs) >= value)
+                        if (value != 0 && !_paused && TscAt(_clock.NowNs) >= value)
                         {
                             // 11.5.4.1: a deadline that has passed interrupts at once.
                             _timer.Cancel();
@@ -532,6 +534,8 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
             AcceptLocked(delivery, vector, level);
         }
     }
+
+    private ulong TscAt(long nowNs) => unchecked(_tscAt(nowNs) + _tscOffset);
 
     private bool IsTscDeadline => (_lvt[LvtTimer] >> 17) == 2;
 
@@ -1173,7 +1177,7 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
             }
 
             long now = _clock.NowNs;
-            ulong tsc = _tscAt(now);
+            ulong tsc = TscAt(now);
             ulong left = _tscDeadline > tsc ? _tscDeadline - tsc : 0;
 
             // Far deadlines are cut to a day and looked at again then.
@@ -1219,7 +1223,7 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
                     return;
                 }
 
-                if (_tscAt(_clock.NowNs) < _tscDeadline)
+                if (TscAt(_clock.NowNs) < _tscDeadline)
                 {
                     ArmTimer();
                     return;
