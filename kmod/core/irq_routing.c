@@ -203,6 +203,7 @@ irqfd_free(struct vmk_irqfd *f)
 	vmk_event_unlisten(f->ev);
 	vmk_event_put(f->ev);
 	vmk_free(f, sizeof(*f));
+	vmk_mem_uncharge(VMK_IRQFD_PAGES);
 }
 
 static int
@@ -233,21 +234,28 @@ irqfd_add(struct vmk_vm *vm, struct vmk_event *ev, uint32_t gsi)
 	for (f = ic->irqfds; f != NULL; f = f->next)
 		if (vmk_event_same(f->ev, ev))
 			return (VMK_EBUSY);
-	f = vmk_alloc(sizeof(*f));
-	if (f == NULL)
+	if (!vmk_mem_charge(VMK_IRQFD_PAGES))
 		return (VMK_ENOMEM);
+	f = vmk_alloc(sizeof(*f));
+	if (f == NULL) {
+		error = VMK_ENOMEM;
+		goto fail;
+	}
 	f->vm = vm;
 	f->ev = ev;
 	f->gsi = gsi;
 	error = vmk_event_listen(ev, irqfd_fired, f);
-	if (error != 0) {
-		vmk_free(f, sizeof(*f));
-		return (error);
-	}
+	if (error != 0)
+		goto fail;
 	f->next = ic->irqfds;
 	ic->irqfds = f;
 	ic->nirqfds++;
 	return (0);
+fail:
+	if (f != NULL)
+		vmk_free(f, sizeof(*f));
+	vmk_mem_uncharge(VMK_IRQFD_PAGES);
+	return (error);
 }
 
 int

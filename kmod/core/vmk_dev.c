@@ -89,6 +89,7 @@ vm_destroy(struct vmk_vm *vm)
 	vmk_mutex_fini(&vm->io_lock);
 	vmk_mutex_fini(&vm->lock);
 	vmk_free(vm, sizeof(*vm));
+	vmk_mem_uncharge(VMK_VM_PAGES);
 	__atomic_sub_fetch(&nvms, 1, __ATOMIC_SEQ_CST);
 }
 
@@ -113,11 +114,12 @@ create_vm(uint64_t type, int *fd)
 		error = VMK_ENFILE;
 		goto fail_count;
 	}
-	vm = vmk_alloc(sizeof(*vm));
-	if (vm == NULL) {
-		error = VMK_ENOMEM;
+	error = VMK_ENOMEM;
+	if (!vmk_mem_charge(VMK_VM_PAGES))
 		goto fail_count;
-	}
+	vm = vmk_alloc(sizeof(*vm));
+	if (vm == NULL)
+		goto fail_charge;
 	vm->obj.kind = VMK_OBJ_VM;
 	vm->serial = __atomic_add_fetch(&last_serial, 1, __ATOMIC_RELAXED);
 	vm->refs = 1;
@@ -148,6 +150,8 @@ fail_vm:
 	vmk_mutex_fini(&vm->io_lock);
 	vmk_mutex_fini(&vm->lock);
 	vmk_free(vm, sizeof(*vm));
+fail_charge:
+	vmk_mem_uncharge(VMK_VM_PAGES);
 fail_count:
 	__atomic_sub_fetch(&nvms, 1, __ATOMIC_SEQ_CST);
 	return (error);

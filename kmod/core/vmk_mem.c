@@ -35,7 +35,8 @@
  * own writes go to slot->dirty.
  *
  * Limits: VMK_MAX_SLOT_PAGES a slot, and one quota over all machines to which
- * pinned pages, pages of tables and the bookkeeping of slots are charged.
+ * pinned pages, pages of tables and the bookkeeping of slots are charged, and
+ * a fixed sum for each machine, vCPU and irqfd.
  */
 #include "vmk_arch.h"
 
@@ -44,11 +45,11 @@
 #define	VMK_MAX_SLOT_PAGES	(1ULL << 26)		/* 256 GiB */
 #define	PTE_ADDR	0x000ffffffffff000ULL
 
-/* Pages pinned and used as tables by all machines; atomic. */
+/* Pages charged to all machines; atomic. */
 static uint64_t quota_used;
 
-static bool
-quota_take(uint64_t n)
+bool
+vmk_mem_charge(uint64_t n)
 {
 	uint64_t now;
 
@@ -59,8 +60,8 @@ quota_take(uint64_t n)
 	return (false);
 }
 
-static void
-quota_give(uint64_t n)
+void
+vmk_mem_uncharge(uint64_t n)
 {
 	__atomic_sub_fetch(&quota_used, n, __ATOMIC_RELAXED);
 }
@@ -72,11 +73,11 @@ quota_alloc(size_t size)
 	uint64_t pages = (size + VMK_PAGE_SIZE - 1) >> VMK_PAGE_SHIFT;
 	void *p;
 
-	if (!quota_take(pages))
+	if (!vmk_mem_charge(pages))
 		return (NULL);
 	p = vmk_alloc(size);
 	if (p == NULL)
-		quota_give(pages);
+		vmk_mem_uncharge(pages);
 	return (p);
 }
 
@@ -84,10 +85,9 @@ static void
 quota_free(void *p, size_t size)
 {
 	vmk_free(p, size);
-	quota_give((size + VMK_PAGE_SIZE - 1) >> VMK_PAGE_SHIFT);
+	vmk_mem_uncharge((size + VMK_PAGE_SIZE - 1) >> VMK_PAGE_SHIFT);
 }
 
-/* Pages charged now, for tests: nothing may stay behind. */
 uint64_t
 vmk_mem_charged(void)
 {
@@ -187,7 +187,7 @@ slot_page(struct vmk_vm *vm, struct vmk_slot *s, uint64_t gfn, uint64_t *pa)
 		first = chunk_first_gfn(s, ci);
 		if (first >= s->gfn &&
 		    first + CHUNK_PAGES <= s->gfn + s->npages &&
-		    quota_take(CHUNK_PAGES)) {
+		    vmk_mem_charge(CHUNK_PAGES)) {
 			hva = s->hva + ((first - s->gfn) << VMK_PAGE_SHIFT);
 			if (vmk_pin(vm->mm, hva, CHUNK_PAGES, slot_writable(s),
 			    c->pa, &c->whole) == 0) {
@@ -195,7 +195,7 @@ slot_page(struct vmk_vm *vm, struct vmk_slot *s, uint64_t gfn, uint64_t *pa)
 				*pa = c->pa[idx];
 				return (0);
 			}
-			quota_give(CHUNK_PAGES);
+			vmk_mem_uncharge(CHUNK_PAGES);
 			memset(c->pa, 0, CHUNK_PAGES * sizeof(c->pa[0]));
 		}
 	}
@@ -204,14 +204,14 @@ slot_page(struct vmk_vm *vm, struct vmk_slot *s, uint64_t gfn, uint64_t *pa)
 		if (c->single == NULL)
 			return (VMK_ENOMEM);
 	}
-	if (!quota_take(1))
+	if (!vmk_mem_charge(1))
 		return (VMK_ENOMEM);
 	hva = s->hva + ((gfn - s->gfn) << VMK_PAGE_SHIFT);
 	error = vmk_pin(vm->mm, hva, 1, slot_writable(s), &c->pa[idx],
 	    &c->single[idx]);
 	if (error != 0) {
 		c->pa[idx] = 0;
-		quota_give(1);
+		vmk_mem_uncharge(1);
 		return (error);
 	}
 	*pa = c->pa[idx];
@@ -232,7 +232,7 @@ chunk_release(struct vmk_vm *vm, struct vmk_slot *s, uint64_t ci)
 		vmk_unpin(vm->mm, c->whole,
 		    s->hva + ((first - s->gfn) << VMK_PAGE_SHIFT),
 		    CHUNK_PAGES, slot_writable(s), c->pa);
-		quota_give(CHUNK_PAGES);
+		vmk_mem_uncharge(CHUNK_PAGES);
 	} else {
 		for (i = 0; i < CHUNK_PAGES; i++) {
 			if (c->pa[i] == 0)
@@ -240,7 +240,7 @@ chunk_release(struct vmk_vm *vm, struct vmk_slot *s, uint64_t ci)
 			vmk_unpin(vm->mm, c->single[i],
 			    s->hva + ((first + i - s->gfn) << VMK_PAGE_SHIFT),
 			    1, slot_writable(s), &c->pa[i]);
-			quota_give(1);
+			vmk_mem_uncharge(1);
 		}
 	}
 	quota_free(c->pa, CHUNK_PAGES * sizeof(c->pa[0]));
@@ -269,11 +269,11 @@ table_alloc(struct vmk_mem *mem, uint64_t *pa)
 {
 	uint64_t *t;
 
-	if (!quota_take(1))
+	if (!vmk_mem_charge(1))
 		return (NULL);
 	t = vmk_pages_alloc(1, pa);
 	if (t == NULL) {
-		quota_give(1);
+		vmk_mem_uncharge(1);
 		return (NULL);
 	}
 	mem->ntables++;
@@ -285,7 +285,7 @@ table_free(struct vmk_mem *mem, uint64_t *t)
 {
 	vmk_pages_free(t, 1);
 	mem->ntables--;
-	quota_give(1);
+	vmk_mem_uncharge(1);
 }
 
 static bool

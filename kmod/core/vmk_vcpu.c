@@ -114,6 +114,7 @@ vmk_vcpu_destroy(struct vmk_vcpu *vcpu)
 	vmk_waitq_fini(&vcpu->waitq);
 	vmk_mutex_fini(&vcpu->lock);
 	vmk_free(vcpu, sizeof(*vcpu));
+	vmk_mem_uncharge(VMK_VCPU_PAGES);
 }
 
 static int
@@ -123,9 +124,13 @@ vcpu_build(struct vmk_vm *vm, uint32_t id, struct vmk_vcpu **out)
 	uint64_t pa;
 	int error = VMK_ENOMEM;
 
-	vcpu = vmk_alloc(sizeof(*vcpu));
-	if (vcpu == NULL)
+	if (!vmk_mem_charge(VMK_VCPU_PAGES))
 		return (VMK_ENOMEM);
+	vcpu = vmk_alloc(sizeof(*vcpu));
+	if (vcpu == NULL) {
+		vmk_mem_uncharge(VMK_VCPU_PAGES);
+		return (VMK_ENOMEM);
+	}
 	vcpu->obj.kind = VMK_OBJ_VCPU;
 	vcpu->vm = vm;
 	vcpu->id = id;

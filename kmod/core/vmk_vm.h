@@ -37,6 +37,10 @@
 #define	VMK_MAX_IOEVENTFD	512
 #define	VMK_MAX_COALESCED	64
 #define	VMK_XSAVE_SIZE		4096
+/* Pages charged (vmk_mem_charge) for what is not guest memory. */
+#define	VMK_VM_PAGES		48	/* with chips, routes, doorbells */
+#define	VMK_VCPU_PAGES		16
+#define	VMK_IRQFD_PAGES		8	/* a host may need a thread for it */
 
 /* ---- architecture constants (SDM volume 3A, APM volume 2) -------------- */
 
@@ -352,6 +356,9 @@ void	vmk_vcpu_report_eoi(struct vmk_vcpu *, uint8_t vector);
 
 /* ---- vmk_mem.c --------------------------------------------------------- */
 
+/* Against the quota of all machines; false: it is used up. */
+bool	vmk_mem_charge(uint64_t pages);
+void	vmk_mem_uncharge(uint64_t pages);
 int	vmk_mem_init(struct vmk_vm *);
 /* Drop all slots; then, after vmk_mm_detach(), the rest. */
 void	vmk_mem_fini(struct vmk_vm *);

@@ -263,7 +263,7 @@ extern struct vmk_tunables vmk_tunables;
 int	 vmk_module_init(void);
 /* VMK_EBUSY while a VM or vCPU exists. */
 int	 vmk_module_fini(void);
-/* Pages that all machines have pinned or use for tables now. */
+/* Pages charged to all machines now. */
 uint64_t vmk_mem_charged(void);
 /* After resume from sleep, every processor must be set up again. */
 void	 vmk_module_resume(void);

@@ -660,6 +660,7 @@ test_pit(void)
 static void
 test_routing(void)
 {
+	uint64_t quota = vmk_tunables.max_pinned_pages;
 	struct {
 		struct abi_irq_routing h;
 		struct abi_irq_routing_entry e[2];
@@ -722,6 +723,9 @@ test_routing(void)
 	CHECK_EQ(user_ioctl(r.vm, ABI_IRQFD, PTR(&f)), 0);
 	CHECK_EQ(user_ioctl(r.vm, ABI_IRQFD, PTR(&f)), -VMK_ENOENT);
 	f.flags = 0;
+	vmk_tunables.max_pinned_pages = vmk_mem_charged();
+	CHECK_EQ(user_ioctl(r.vm, ABI_IRQFD, PTR(&f)), -VMK_ENOMEM);
+	vmk_tunables.max_pinned_pages = quota;
 	CHECK_EQ(user_ioctl(r.vm, ABI_IRQFD, PTR(&f)), 0);
 	down(&r, 2);				/* takes it along */
 	close(efd);

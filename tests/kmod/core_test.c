@@ -424,6 +424,9 @@ test_holes(void)
 	CHECK_EQ(vmk_mem_fault(vm, 4 * MB + 4096, true, &error),
 	    VMK_FAULT_ERROR);
 	CHECK_EQ(error, VMK_ENOMEM);
+	/* Machines and vCPUs are charged too. */
+	CHECK_EQ(user_ioctl(USER_DEV_KVM, ABI_CREATE_VM, 0), -VMK_ENOMEM);
+	CHECK_EQ(user_ioctl(r.vm, ABI_CREATE_VCPU, 1), -VMK_ENOMEM);
 	vmk_tunables.max_pinned_pages = old;
 	/* The host takes the memory away. */
 	user_unmap(PTR(r.ram), 3 * MB);

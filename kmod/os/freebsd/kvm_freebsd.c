@@ -100,7 +100,7 @@ struct vmk_tunables vmk_tunables;
 
 SYSCTL_U64(_hw_kvm, OID_AUTO, max_pinned_pages, CTLFLAG_RDTUN,
     &vmk_tunables.max_pinned_pages, 0,
-    "Most pages that all machines together may wire");
+    "Most pages that all machines together may take");
 SYSCTL_U32(_hw_kvm, OID_AUTO, max_vms, CTLFLAG_RDTUN,
     &vmk_tunables.max_vms, 0, "Most machines at a time");
 
@@ -113,7 +113,7 @@ sysctl_pinned(SYSCTL_HANDLER_ARGS)
 }
 SYSCTL_PROC(_hw_kvm, OID_AUTO, pinned_pages,
     CTLTYPE_U64 | CTLFLAG_RD | CTLFLAG_MPSAFE, NULL, 0, sysctl_pinned, "QU",
-    "Pages that machines wire now");
+    "Pages charged to machines now");
 
 /* ---- memory ------------------------------------------------------------ */
 

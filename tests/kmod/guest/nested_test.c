@@ -707,10 +707,6 @@ test_smp(void)
 	tap_done("guest: four vCPUs share a counter");
 }
 
-/*
- * Wake a vCPU n times that sleeps in the kernel's HLT, by an MSI, and give the
- * median time until its handler ran; it has gap_ns to fall asleep.
- */
 static int
 compare(const void *a, const void *b)
 {
@@ -719,6 +715,10 @@ compare(const void *a, const void *b)
 	return ((x > y) - (x < y));
 }
 
+/*
+ * Wake a vCPU n times that sleeps in the kernel's HLT, by an MSI, and give the
+ * median time until its handler ran; it has gap_ns to fall asleep.
+ */
 static double
 wake(unsigned int n, long gap_ns)
 {
