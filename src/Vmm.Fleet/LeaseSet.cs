@@ -31,8 +31,10 @@ public sealed class LeaseSet : IAsyncDisposable
         {
             if (disk.Path is { } path && !disk.ReadOnly && disk.Bus != DiskBus.Cdrom && !path.StartsWith("/dev/", StringComparison.Ordinal))
             {
-                // One image may have several names; its lease has one.
-                string image = new FileInfo(path).ResolveLinkTarget(returnFinalTarget: true)?.FullName ?? path;
+                // One image may have several names; its lease has one. What is yet to be made has one name (and to ask for
+                // the target of what is not there throws).
+                var file = new FileInfo(path);
+                string image = file.LinkTarget is null ? path : file.ResolveLinkTarget(returnFinalTarget: true)!.FullName;
                 files.Add((image, image + ".lease"));
             }
         }

@@ -5,6 +5,7 @@ using System.IO;
 using System.Threading;
 using System.Threading.Tasks;
 using FluentAssertions;
+using Vmm.Config;
 using Xunit;
 
 namespace Vmm.Fleet.Tests;
@@ -28,6 +29,39 @@ public sealed class LeaseTests : IDisposable
 
         refused.Holder!.Pid.Should().Be(Environment.ProcessId);
         refused.Message.Should().Contain($"process {Environment.ProcessId}");
+    }
+
+    [Fact]
+    public void Disk_ThatIsYetToBeMade_HasItsLeaseBesideItsPath() =>
+        DiskLease("new.qcow2").Should().Be(Path.Combine(_directory, "new.qcow2.lease"));
+
+    [Fact]
+    public void Disk_UnderSeveralNames_HasOneLease()
+    {
+        string image = Path.Combine(_directory, "image");
+        File.WriteAllText(image, string.Empty);
+        File.CreateSymbolicLink(Path.Combine(_directory, "link"), image);
+        File.CreateSymbolicLink(Path.Combine(_directory, "again"), "link");
+
+        DiskLease("again").Should().Be(image + ".lease");
+        DiskLease("link").Should().Be(image + ".lease");
+        DiskLease("image").Should().Be(image + ".lease");
+    }
+
+    // One whose image is gone: opening it will say so.
+    [Fact]
+    public void Disk_BehindADanglingLink_HasItsLeaseAtTheEndOfTheLink()
+    {
+        File.CreateSymbolicLink(Path.Combine(_directory, "link"), "gone");
+
+        DiskLease("link").Should().Be(Path.Combine(_directory, "gone.lease"));
+    }
+
+    private string DiskLease(string path)
+    {
+        string definition = $"name: a\nboot: {{kernel: k}}\ndisks: [{{path: {path}, size: 1G}}]\n";
+        FleetSpec fleet = ConfigFiles.Parse(definition, "a.yaml", _directory);
+        return LeaseSet.OfDisks(fleet.Machines[0]).Should().ContainSingle().Which.Lease;
     }
 
     [Fact]
