@@ -182,7 +182,8 @@ public sealed unsafe partial class SoftVcpu
             case CpuidFeature.SYSCALL:
                 return BitX1D(11);
             case CpuidFeature.PREFETCHW:
-                return BitX1C(8) || BitX1D(31);
+                // AMD64 APM 3, PREFETCHW: there with 3DNowPrefetch, with 3DNow! or with long mode. Linux relies on it.
+                return BitX1C(8) || BitX1D(31) || BitX1D(29);
             case CpuidFeature.WBNOINVD:
                 return ((FindCpuid(0x80000008, 0).Ebx >> 9) & 1) != 0;
             default:

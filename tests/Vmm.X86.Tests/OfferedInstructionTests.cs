@@ -171,6 +171,18 @@ public sealed unsafe class OfferedInstructionTests
         }
     }
 
+    // AMD64 APM 3, PREFETCHW: 3DNowPrefetch or long mode. Linux uses it on every AMD processor with long mode.
+    [Fact]
+    public void Prefetchw_IsThereWithLongModeAlone()
+    {
+        using var vm = new TestVm(1 << 20, translateAfter: 0);
+        CpuidEntry[] leaves = Without([.. new SoftHypervisor(TestCode.Create()).SupportedCpuid], "80000001.0.ecx.8");
+        vm.Cpu.SetCpuid(leaves);
+        vm.Cpu.IsOffered(Code.Prefetchw_m8).Should().BeTrue();
+        vm.Cpu.SetCpuid(Without(leaves, "80000001.0.edx.29"));
+        vm.Cpu.IsOffered(Code.Prefetchw_m8).Should().BeFalse();
+    }
+
     private static bool Check(TestVm vm, object row) => row switch
     {
         Code code => vm.Cpu.IsOffered(code),
@@ -286,7 +298,7 @@ public sealed unsafe class OfferedInstructionTests
             ["80000001.0.ecx.4"] = "LOCK MOV CR0 is MOV CR8",
             ["80000001.0.ecx.5"] = Code.Lzcnt_r32_rm32,
             ["80000001.0.ecx.6"] = Code.Extrq_xmm_xmm,
-            ["80000001.0.ecx.8"] = Code.Prefetchw_m8,
+            ["80000001.0.ecx.8"] = "PREFETCHW, which long mode has in any case",
             ["80000001.0.edx.11"] = Code.Syscall,
             ["80000001.0.edx.20"] = "no-execute: EFER.NXE",
             ["80000001.0.edx.22"] = "AMD's extensions to MMX are part of SSE",
