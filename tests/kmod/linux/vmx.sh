@@ -3,14 +3,14 @@
 #
 # vmx.sh OUT [PART...]: the module on VMX, which is Bochs's Haswell,
 # interpreted: minutes to the first line.  Parts as in nested.sh; by default
-# the payloads, 20 loads, and a boot with vmctl.  Prints TAP lines; the console
-# stays in OUT/vmx/console.log.
+# the payloads, 20 loads, and a boot with vmctl under every irqchip.  Prints
+# TAP lines; the console stays in OUT/vmx/console.log.
 set -u
 
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 shift
-parts=${*:-payloads unload vmctl-kernel-1}
+parts=${*:-payloads unload vmctl-kernel-1 vmctl-split-1 vmctl-user-1}
 label=vmx
 cd "$(dirname "$0")/../../.." || exit 1
 . tests/kmod/linux/lib.sh
@@ -40,7 +40,7 @@ sed s/corei7_skylake_x/corei7_haswell_4770/ tests/hosts/bochsrc \
 echo c >"$work/rc"
 log=$work/console.log
 : >"$log"
-(cd "$work" && exec timeout --kill-after=5 "${VMX_TIMEOUT:-1700}" \
+(cd "$work" && exec timeout --kill-after=5 "${VMX_TIMEOUT:-2300}" \
     xvfb-run -a bochs -q -f bochsrc -rc rc >bochs.out 2>&1 </dev/null) &
 runner=$!
 while kill -0 $runner 2>/dev/null; do
