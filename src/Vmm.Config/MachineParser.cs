@@ -38,6 +38,7 @@ internal static class MachineParser
             Rng = map.Flag("rng", false),
             Balloon = map.Flag("balloon", false),
             Vsock = Vsock(map),
+            Virtio = Virtio(map),
             Shares = Shares(map),
             DebugExit = DebugExit(map),
             TestDevice = map.Flag("testdev", false),
@@ -780,6 +781,19 @@ internal static class MachineParser
         }
 
         return result;
+    }
+
+    private static VirtioSpec Virtio(MapReader map)
+    {
+        if (map.Map("virtio", "{transport: pci, packed: false}") is not { } virtio)
+        {
+            return new VirtioSpec();
+        }
+
+        var spec = new VirtioSpec(
+            virtio.Choice("transport", VirtioTransport.Pci, Words.VirtioTransports), virtio.Flag("packed", false));
+        virtio.Finish();
+        return spec;
     }
 
     private static VsockSpec? Vsock(MapReader map)

@@ -496,6 +496,24 @@ public enum WatchdogAction
     Pause,
 }
 
+/// <summary>Bus and interface of virtio devices.</summary>
+public enum VirtioTransport
+{
+    /// <summary>PCI cards for drivers of VirtIO 1.0 and later and of 0.9.5.</summary>
+    Pci,
+
+    /// <summary>PCI cards with the interface of VirtIO 0.9.5 only.</summary>
+    Legacy,
+
+    /// <summary>Memory-mapped registers that ACPI announces; at most eight devices.</summary>
+    Mmio,
+}
+
+/// <summary>How virtio devices are offered (<c>virtio:</c>).</summary>
+/// <param name="Transport">Bus and interface.</param>
+/// <param name="Packed">Offer packed virtqueues.</param>
+public sealed record VirtioSpec(VirtioTransport Transport = VirtioTransport.Pci, bool Packed = false);
+
 /// <summary>virtio-vsock (<c>vsock:</c>).</summary>
 /// <param name="Cid">Context identifier of the guest, 3 to 2^32-2.</param>
 /// <param name="Path">Unix socket: <c>CONNECT port</c> from the host; <c>PATH_port</c> towards it.</param>
@@ -589,6 +607,9 @@ public sealed record MachineSpec
 
     /// <summary>virtio-vsock, or null.</summary>
     public VsockSpec? Vsock { get; init; }
+
+    /// <summary>How the virtio devices are offered.</summary>
+    public VirtioSpec Virtio { get; init; } = new();
 
     /// <summary>Directories shared over 9P.</summary>
     public IReadOnlyList<ShareSpec> Shares { get; init; } = [];

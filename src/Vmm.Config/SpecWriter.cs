@@ -61,6 +61,15 @@ public static class SpecWriter
             });
         }
 
+        if (spec.Virtio != plain.Virtio)
+        {
+            yaml.Map("virtio", map =>
+            {
+                map.Word("transport", Words.VirtioTransports, spec.Virtio.Transport, plain.Virtio.Transport);
+                map.Flag("packed", spec.Virtio.Packed, false);
+            });
+        }
+
         yaml.Maps("shares", spec.Shares, static (map, share) =>
         {
             map.Text("path", share.Path);

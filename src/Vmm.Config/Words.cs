@@ -92,6 +92,13 @@ internal static class Words
         ("virtio-keyboard", InputDevice.VirtioKeyboard),
     ];
 
+    internal static readonly (string, VirtioTransport)[] VirtioTransports =
+    [
+        ("pci", VirtioTransport.Pci),
+        ("legacy", VirtioTransport.Legacy),
+        ("mmio", VirtioTransport.Mmio),
+    ];
+
     internal static readonly (string, WatchdogAction)[] Watchdog =
     [
         ("none", WatchdogAction.None),

@@ -18,7 +18,7 @@ using Vmm.Memory;
 namespace Vmm.Machine;
 
 /// <summary>
-/// Makes the PCI cards of a definition that are VirtIO or Ethernet, with their back ends, in a fixed order, so that the same definition gives the
+/// Makes the cards of a definition that are VirtIO or Ethernet, with their back ends, in a fixed order, so that the same definition gives the
 /// same PCI addresses: network cards, random numbers, balloon, consoles, shares, sockets, input, cloud-init's seed.
 /// </summary>
 internal sealed class Cards : IDisposable
@@ -57,7 +57,7 @@ internal sealed class Cards : IDisposable
     /// <summary>Makes the cards.</summary>
     /// <exception cref="HostException">A back end cannot be opened.</exception>
     /// <exception cref="IOException">A file of cloud-init's cannot be read.</exception>
-    public IEnumerable<PciFunction> Make()
+    public IEnumerable<IDevice> Make()
     {
         int index = 0;
         foreach (NicSpec nic in _spec.Nics)
@@ -188,7 +188,7 @@ internal sealed class Cards : IDisposable
         Network = spec.Network is null ? null : File.ReadAllBytes(spec.Network),
     });
 
-    private VirtioPci Card(string id, IVirtioModel model) => _virtio.Make(id, model);
+    private IDevice Card(string id, IVirtioModel model) => _virtio.Make(id, model);
 
     private UserNetworkOptions UserOptions(NicSpec nic, byte[] mac)
     {

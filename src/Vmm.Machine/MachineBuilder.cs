@@ -111,7 +111,7 @@ public sealed class MachineBuilder : IDisposable
         {
             Hypervisor = _hypervisor,
             Vm = vm,
-            Virtio = new VirtioCards(vm, _hypervisor.Capabilities),
+            Virtio = new VirtioCards(vm, _hypervisor.Capabilities, _spec.Virtio, _mmio, _memory, interrupts),
             Slots = slots,
             Memory = _memory,
             Layout = _layout,
@@ -316,12 +316,17 @@ public sealed class MachineBuilder : IDisposable
 
         var cards = new Cards(_spec, _chars, _memory, block => _hostMemory.GetValueOrDefault(block), parts.Virtio);
         parts.Resources.Add(cards);
-        foreach (PciFunction card in cards.Make())
+        foreach (IDevice card in cards.Make())
         {
-            bus.AttachNext(card);
+            if (card is PciFunction function)
+            {
+                bus.AttachNext(function);
+            }
+
             parts.Devices.Add(card);
         }
 
+        parts.AcpiNodes.AddRange(parts.Virtio.Places);
         parts.Balloon = cards.Balloon;
         List<UsbHidDevice> usb = ScreenWiring.MakeUsb(_spec);
         if (usb.Count > 0)

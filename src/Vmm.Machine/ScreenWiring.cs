@@ -54,9 +54,13 @@ internal static class ScreenWiring
                 break;
             case VgaModel.Virtio:
                 var gpu = new VirtioGpu();
-                var function = parts.Virtio.Make("gpu0", gpu);
-                bus.Attach(function, 2);
-                parts.Devices.Add(function);
+                IDevice device = parts.Virtio.Make("gpu0", gpu);
+                if (device is PciFunction function)
+                {
+                    bus.Attach(function, 2);
+                }
+
+                parts.Devices.Add(device);
                 return gpu;
             default:
                 throw new BootException(

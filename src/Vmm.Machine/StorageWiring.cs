@@ -31,7 +31,7 @@ internal sealed class StorageWiring
     private readonly List<AtaDevice> _sata = [];
     private readonly List<IBlockBackend?> _floppies = [];
     private readonly List<ScsiUnit> _scsi = [];
-    private readonly List<PciFunction> _cards = [];
+    private readonly List<IDevice> _cards = [];
 
     private StorageWiring(MachineParts parts, PciBus bus)
     {
@@ -238,9 +238,13 @@ internal sealed class StorageWiring
             _cards.Add(_parts.Virtio.Make(id, new VirtioScsi(_scsi.GetRange(first, count))));
         }
 
-        foreach (PciFunction card in _cards)
+        foreach (IDevice card in _cards)
         {
-            _bus.AttachNext(card);
+            if (card is PciFunction function)
+            {
+                _bus.AttachNext(function);
+            }
+
             _parts.Devices.Add(card);
         }
     }
