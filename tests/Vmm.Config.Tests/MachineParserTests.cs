@@ -111,6 +111,7 @@ public sealed class MachineParserTests
     [InlineData("debug-exit: 70000", 2, 13, "\"debug-exit\" is 70000; it must be 1 to 65535")]
     [InlineData("health: {interval: 1s}", 2, 9, "\"health\" takes one of \"tcp\", \"console\" and \"agent: true\"")]
     [InlineData("name2: !!python/object:os.system x", 2, 8, "not YAML")]
+    [InlineData("virtio: {transport: mmoi}", 2, 21, "\"transport\" is \"mmoi\"; it must be one of pci, legacy, mmio; did you mean \"mmio\"?")]
     [InlineData("vsock: {cid: 2, path: s}", 2, 14, "\"cid\" is 2; it must be 3 to 4294967294")]
     public void Definition_WithAMistake_SaysWhereAndWhatToDo(string line, int atLine, int atColumn, string message)
     {

@@ -90,6 +90,12 @@ build_l1() {
 	[ -z "${with_driver_tests:-}" ] || add_driver_tests "$work/l1"
 	if [ -n "${with_virtio:-}" ]; then
 		PREPARE=1 WORK=$PWD/$work/l1/virtio tests/guests/virtio kvm >"$work/virtio.log" 2>&1 || cat "$work/virtio.log"
+		cp tests/guests/crash "$work/l1/virtio/"
+		add_module "$work/l1" drivers/net/tun
+		PATH=$PATH:/sbin:/usr/sbin
+		for program in mkfs.ext4 e2fsck dbclient; do
+			[ -z "$(command -v $program)" ] || add_program "$work/l1" "$(readlink -f "$(command -v $program)")" bin/$program
+		done
 	fi
 	pack "$work/l1" "$work/l1.gz"
 	rm -rf "$work/l1" "$work/l2"
