@@ -10,7 +10,6 @@ using Vmm.Backends.Net;
 using Vmm.Config;
 using Vmm.Core;
 using Vmm.Devices.Net;
-using Vmm.Devices.Pci;
 using Vmm.Devices.Virtio;
 using Vmm.Host;
 using Vmm.Memory;
