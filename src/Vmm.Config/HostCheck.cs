@@ -5,7 +5,7 @@ using System.IO;
 
 namespace Vmm.Config;
 
-/// <summary>Compares a definition with the files of this host: what it names must be there and be readable.</summary>
+/// <summary>Compares a definition with the files of this host: what it names must be there and be readable, and what it makes must have its directory.</summary>
 public static class HostCheck
 {
     /// <summary>
@@ -38,6 +38,7 @@ public static class HostCheck
             if (disk.Path is null || (isMade && !File.Exists(disk.Path) && !Directory.Exists(disk.Path)))
             {
                 CheckFile(spec, $"disks[{i}].backing", disk.Backing, errors);
+                CheckPlace(spec, $"disks[{i}].path", disk.Path, errors);
                 continue;
             }
 
@@ -64,7 +65,49 @@ public static class HostCheck
             }
         }
 
+        CheckMade(spec, errors);
         return errors;
+    }
+
+    // Files and sockets that the VM makes.
+    private static void CheckMade(MachineSpec spec, List<Diagnostic> errors)
+    {
+        CheckPlace(spec, "boot.vars", spec.Boot.Vars, errors);
+        for (int i = 0; i < spec.Serial.Count; i++)
+        {
+            CheckPlace(spec, $"serial[{i}]", spec.Serial[i].Path, errors);
+        }
+
+        for (int i = 0; i < spec.Console.Count; i++)
+        {
+            CheckPlace(spec, $"console[{i}].backend", spec.Console[i].Backend.Path, errors);
+        }
+
+        for (int i = 0; i < spec.Nics.Count; i++)
+        {
+            CheckPlace(spec, $"nics[{i}].backend", spec.Nics[i].Backend == NicBackend.Socket ? spec.Nics[i].Target : null, errors);
+        }
+
+        CheckPlace(spec, "vsock.path", spec.Vsock?.Path, errors);
+        CheckPlace(spec, "display.vnc", spec.Display.VncSocket, errors);
+    }
+
+    private static void CheckPlace(MachineSpec spec, string key, string? path, List<Diagnostic> errors)
+    {
+        if (path is null)
+        {
+            return;
+        }
+
+        string? folder = Path.GetDirectoryName(path);
+        if (Directory.Exists(path))
+        {
+            errors.Add(new Diagnostic(spec.Source.Find(key), $"{path}: is a directory, not a file"));
+        }
+        else if (folder is { Length: > 0 } && !Directory.Exists(folder))
+        {
+            errors.Add(new Diagnostic(spec.Source.Find(key), $"{path}: there is no directory {folder} to make it in"));
+        }
     }
 
     private static long CheckFile(MachineSpec spec, string key, string? path, List<Diagnostic> errors)
