@@ -109,7 +109,7 @@ internal static class CommandLine
             var configuration = new ParserConfiguration { EnablePosixBundling = true, ResponseFileTokenReplacer = null };
             ParseResult result = root.Parse(words, configuration);
             bool isInformation = result.Action is HelpAction or VersionCommand.Printer;
-            if (result.Errors.Count > 0 && !isInformation)
+            if (!isInformation && (result.Errors.Count > 0 || UnknownOption(result) is not null))
             {
                 throw Usage(result);
             }
@@ -197,6 +197,11 @@ internal static class CommandLine
             }
         }
 
+        if (words[0].Contains('.', StringComparison.Ordinal) && File.Exists(words[0]))
+        {
+            throw new CommandException(ExitStatus.Usage, $"no command \"{words[0]}\"; to run the VM in this file: \"vmctl run {words[0]}\"");
+        }
+
         List<string> matches = names.FindAll(name => name.StartsWith(words[0], StringComparison.Ordinal));
         return matches.Count switch
         {
@@ -213,24 +218,38 @@ internal static class CommandLine
 
     private static CommandException Usage(ParseResult result)
     {
-        string command = result.CommandResult.Command.Name;
-        ParseError error = result.Errors[0];
-        string message = error.Message.ReplaceLineEndings(" ").TrimEnd('.');
-        if (MissingWord(result) is { } missing)
+        Command command = result.CommandResult.Command;
+        string message;
+        if (UnknownOption(result) is { } option)
         {
-            message = missing;
+            message = $"no option {option}{Suggestion.Ending(option, command.Options.Select(one => one.Name))}";
+        }
+        else if (result.UnmatchedTokens.Count > 0)
+        {
+            message = $"\"{result.UnmatchedTokens[0]}\" is one argument too many";
+        }
+        else
+        {
+            message = MissingWord(result) ?? result.Errors[0].Message.ReplaceLineEndings(" ").TrimEnd('.');
         }
 
-        if (result.UnmatchedTokens.Count > 0)
+        return new CommandException(
+            ExitStatus.Usage,
+            command is RootCommand ? $"{message} (see \"vmctl help\")" : $"{command.Name}: {message} (see \"vmctl help {command.Name}\")");
+    }
+
+    // The parser takes an option that it does not know for an argument: "stop a --forc" would stop a VM called "--forc".
+    // Whoever means a name that begins so says "--" before it, or "./" before a file.
+    private static string? UnknownOption(ParseResult result)
+    {
+        if (result.Tokens.Any(token => token.Type == TokenType.DoubleDash))
         {
-            string word = result.UnmatchedTokens[0];
-            IEnumerable<string> options = result.CommandResult.Command.Options.Select(option => option.Name);
-            message = word.StartsWith('-')
-                ? $"no option {word}{Suggestion.Ending(word, options)}"
-                : $"\"{word}\" is one argument too many";
+            return null;
         }
 
-        return new CommandException(ExitStatus.Usage, $"{command}: {message} (see \"vmctl help {command}\")");
+        IEnumerable<string> arguments = result.CommandResult.Children.OfType<ArgumentResult>()
+            .SelectMany(argument => argument.Tokens.Select(token => token.Value));
+        return arguments.Concat(result.UnmatchedTokens).FirstOrDefault(word => word.Length > 1 && word[0] == '-' && !char.IsAsciiDigit(word[1]));
     }
 
     // The parser says that "an argument" is missing; the user wants to know which.
