@@ -28,7 +28,8 @@ public static class HostCheck
 
         if (spec.Boot.Firmware is { } firmware && Path.IsPathRooted(firmware))
         {
-            CheckFile(spec, "boot.firmware", firmware, errors);
+            string meant = Suggestion.Ending(Path.GetFileName(firmware), ["seabios", "uefi"]);
+            CheckFile(spec, "boot.firmware", firmware, errors, meant);
         }
 
         for (int i = 0; i < spec.Disks.Count; i++)
@@ -110,7 +111,7 @@ public static class HostCheck
         }
     }
 
-    private static long CheckFile(MachineSpec spec, string key, string? path, List<Diagnostic> errors)
+    private static long CheckFile(MachineSpec spec, string key, string? path, List<Diagnostic> errors, string whenMissing = "")
     {
         if (path is null)
         {
@@ -133,7 +134,7 @@ public static class HostCheck
         }
         catch (Exception failure) when (failure is FileNotFoundException or DirectoryNotFoundException)
         {
-            why = "no such file";
+            why = "no such file" + whenMissing;
         }
         catch (UnauthorizedAccessException)
         {

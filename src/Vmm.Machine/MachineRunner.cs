@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using System.Collections.Generic;
 using System.IO;
+using System.Linq;
+using System.Net;
 using Vmm.Backends.Block;
 using Vmm.Config;
 using Vmm.Core;
@@ -73,6 +76,11 @@ public static class MachineRunner
             }
 
             using Machine machine = MachineBuilder.Build(spec, choice.Hypervisor, options.Stdio, options.LogFile);
+            foreach (string remark in Remarks(spec))
+            {
+                log.WriteLine($"vmctl: {spec.Name}: {remark}");
+            }
+
             foreach (MediaFinding finding in machine.Findings)
             {
                 log.WriteLine($"vmctl: {spec.Name}: disks: {finding}; the guest starts all the same");
@@ -102,10 +110,26 @@ public static class MachineRunner
             log.WriteLine($"vmctl: {spec.Name}: {e.Message}");
             return StatusNoDriver;
         }
-        catch (Exception e) when (e is HypervisorException or HostException or IOException)
+        catch (Exception e) when (e is HypervisorException or HostException or IOException or UnauthorizedAccessException)
         {
             log.WriteLine($"vmctl: {spec.Name}: {e.Message}");
             return StatusError;
+        }
+    }
+
+    // What is permitted and probably not meant.
+    private static IEnumerable<string> Remarks(MachineSpec spec)
+    {
+        if (spec.Boot.Kernel is null && spec.Nics.Count == 0 && !spec.Disks.Any(static disk => disk.Path is not null))
+        {
+            yield return "boot: there is nothing to start from: no kernel, no disk or disc, no network card";
+        }
+
+        DisplaySpec display = spec.Display;
+        if (display is { VncAddress: { } address, PasswordFile: null } && IPEndPoint.TryParse(address, out IPEndPoint? end)
+            && !IPAddress.IsLoopback(end.Address))
+        {
+            yield return $"display: whoever reaches {address} has the screen and the keyboard: there is no \"password-file\"";
         }
     }
 

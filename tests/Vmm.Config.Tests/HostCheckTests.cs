@@ -38,6 +38,15 @@ public sealed class HostCheckTests : IDisposable
     public void Place_ThatIsNotThere_IsNamedWithItsLine(string line, string position, string message) =>
         Errors(line).Should().ContainSingle().Which.Should().StartWith($"a.yaml:{position}: ").And.Contain(message);
 
+    [Fact]
+    public void Firmware_ThatIsMisspelt_IsSuggested()
+    {
+        MachineSpec spec = ConfigFiles.Parse("name: a\nboot: {firmware: seabio}\n", "a.yaml", _directory).Machines[0];
+
+        HostCheck.Check(spec).Should().ContainSingle().Which.ToString().Should()
+            .EndWith("seabio: no such file; did you mean \"seabios\"?");
+    }
+
     private string[] Errors(string line)
     {
         string definition = $"name: a\nboot: {{kernel: kernel}}\n{line}\n";

@@ -91,6 +91,31 @@ public sealed class PayloadTests : IDisposable
         log.ToString().Should().StartWith("vmctl: payload: clock:").And.Contain("not supported yet");
     }
 
+    // A guest that halts at once, with a screen.
+    [Theory]
+    [InlineData("0.0.0.0:0", "whoever reaches 0.0.0.0:0 has the screen and the keyboard")]
+    [InlineData("127.0.0.1:0", null)]
+    public void ScreenForEverybody_WithoutAPassword_IsRemarkedUpon(string address, string? remark)
+    {
+        MachineSpec spec = Payload.Spec(_directory, [0xFA, 0xF4]) with
+        {
+            Accel = ["soft"],
+            Display = new DisplaySpec { Vga = VgaModel.Std, VncAddress = address },
+        };
+        var log = new StringWriter();
+
+        MachineRunner.Run(spec, new RunOptions { ReportDriver = false }, log).Should().Be(2);
+
+        if (remark is null)
+        {
+            log.ToString().Should().BeEmpty();
+        }
+        else
+        {
+            log.ToString().Should().Contain(remark);
+        }
+    }
+
     private int Run(string driver, string irqchip, Payload.Recorder output, byte[] code)
     {
         MachineSpec spec = Payload.Spec(_directory, code) with
