@@ -113,12 +113,6 @@ internal unsafe struct Block
     /// <summary>Bit n: the n-th instruction's operand wanders from page to page (Translate/Sites.cs).</summary>
     public uint TlbInsns;
 
-    /// <summary>Times that a group's check failed with nothing missing in the TLB (Translate/Translator.Groups.cs).</summary>
-    public int GroupFailures;
-
-    /// <summary>1: operands are checked one by one.</summary>
-    public int NoGroups;
-
     /// <summary>Arithmetic flags that the block reads before it writes them, with bit 8 set; 0: not known yet.</summary>
     public int FlagsIn;
 }

@@ -464,6 +464,10 @@ internal unsafe struct CpuContext
     [FieldOffset(Offsets.X87Ready)]
     public int X87Ready;
 
+    /// <summary>Generated code: the first block of the trace that calls a handler, as an offset in the arena.</summary>
+    [FieldOffset(Offsets.TraceHead)]
+    public uint TraceHead;
+
     /// <summary>Filled sites of each mode: entries of its journal.</summary>
     [FieldOffset(Offsets.SiteCounts)]
     public fixed int SiteCounts[Sites.Modes];

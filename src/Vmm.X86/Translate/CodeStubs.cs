@@ -152,8 +152,19 @@ internal sealed unsafe class CodeStubs
             EmitFlagsCheck(ref e, table, out unwritten, out outside);
         }
 
+        // Most misses of a filled site only get the translation: a place may go back and forth between two pages.
+        HostMemory misses = HostMemory.Context(Host.Rcx, Counters + SiteCounter.MissesOffset);
+        e.AluImmediate8(AluOp.Add, HostMemory.Context(Offsets.SiteMisses), 1, wide: true);
+        e.Move(Host.Rcx, Host.T1);
+        e.Shift(5, Host.Rcx, Sites.CounterShift);
+        e.AluImmediate8(AluOp.Add, misses, 1);
+        e.Load32(Host.Rcx, misses);
         e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Host.T1, SiteEntry.LimitOffset), 0, wide: true);
-        byte* filled = e.JumpIf(HostCondition.NotEqual);
+        byte* empty = e.JumpIf(HostCondition.Equal);
+        e.AluImmediate(AluOp.And, Host.Rcx, Sites.MissesOfFill - 1, wide: false);
+        byte* light = e.JumpIf(HostCondition.NotEqual);
+        byte* filled = e.JumpForward();
+        e.Land(empty);
         int count = Offsets.SiteCounts + (mode * sizeof(int));
         int journal = CpuContext.SiteJournalOffset + (mode * Sites.CountOfMode * sizeof(int));
         e.Load32(Host.Rcx, HostMemory.Context(count));
@@ -164,7 +175,6 @@ internal sealed unsafe class CodeStubs
         e.Push(Host.Rbx);
         e.Push(Host.Rsi);
         e.Push(Host.Rdi);
-        e.AluImmediate8(AluOp.Add, HostMemory.Context(Offsets.SiteMisses), 1, wide: true);
         e.Move(Host.Rsi, Host.T1);
         e.Shift(5, Host.Rsi, Sites.CounterShift);
         EmitThrashCheck(ref e, Host.Rsi);
@@ -177,7 +187,7 @@ internal sealed unsafe class CodeStubs
         e.Lea(Host.Rsi, new HostMemory(Host.Rbx, 4096));
         e.AluImmediate(AluOp.And, Host.Rcx, Sites.MissesOfGrowth - 1, wide: false);
         e.AluImmediate(AluOp.Cmp, Host.Rcx, 1);
-        byte* stays = e.JumpIf(HostCondition.NotEqual);
+        byte* stays = e.JumpIf(HostCondition.Above);
         EmitGrow(ref e, table, isStore, Host.Rsi, 0, 4096);
         EmitGrow(ref e, table, isStore, Host.Rbx, -4096, -4096);
         e.Land(stays);
@@ -192,6 +202,7 @@ internal sealed unsafe class CodeStubs
         e.Pop(Host.Rsi);
         e.Pop(Host.Rbx);
         e.Pop(Host.Rdx);
+        e.Land(light);
         if (isStore)
         {
             e.Land(outside);
@@ -214,13 +225,12 @@ internal sealed unsafe class CodeStubs
     // What an offset among the sites, shifted, is added to for its counter.
     private const int Counters = CpuContext.SiteCountersOffset - (CpuContext.SitesOffset >> Sites.CounterShift);
 
-    // Counts a miss of the site whose offset is in a register, shifted. Many of them in a short time: the place does not stay in a page, and had better look
+    // Looks at the misses of the site whose offset is in a register, shifted. Many of them in a short time: the place does not stay in a page, and had better look
     // into the TLB each time. Destroys RCX and RDX.
     private static void EmitThrashCheck(ref Emitter e, int counter)
     {
         HostMemory misses = HostMemory.Context(counter, Counters + SiteCounter.MissesOffset);
         HostMemory since = HostMemory.Context(counter, Counters + SiteCounter.SinceOffset);
-        e.AluImmediate8(AluOp.Add, misses, 1);
         e.Load32(Host.Rcx, misses);
         e.AluImmediate(AluOp.And, Host.Rcx, Sites.MissesOfThrash - 1, wide: false);
         byte* few = e.JumpIf(HostCondition.NotEqual);
@@ -517,8 +527,8 @@ internal sealed unsafe class CodeStubs
 /// <summary>In the block's offset that CodeStubs.Handler gets.</summary>
 internal static class HandlerArgument
 {
-    /// <summary>The record is the first of a group whose check has failed.</summary>
-    public const uint OpensGroup = 1U << 31;
+    /// <summary>CpuContext.TraceHead says where the code starts that calls the handler.</summary>
+    public const uint InTrace = 1U << 30;
 }
 
 /// <summary>What the function behind CodeStubs.Handler answers.</summary>
@@ -550,6 +560,7 @@ internal static class Offsets
     public const int ExitInfo = 0x3C8;
     public const int X87Loaded = 0x3EC;
     public const int X87Ready = 0x3F0;
+    public const int TraceHead = 0x3F4;
     public const int SiteCounts = 0x7E0;
     public const int Msrs = 0x400;
     public const int KernelGsBase = Msrs + (4 * sizeof(ulong));

@@ -93,7 +93,7 @@ internal static unsafe class Sites
     public const int CounterShift = 2;
 
     /// <summary>Sites of a class with operands up to 8 bytes.</summary>
-    public const int ShortRing = 256;
+    public const int ShortRing = 512;
 
     /// <summary>Sites of a class with operands up to 32 bytes.</summary>
     public const int LongRing = 64;
@@ -118,6 +118,9 @@ internal static unsafe class Sites
 
     /// <summary>Classes with rings: privilege modes, loads and stores, lengths.</summary>
     public const int Classes = Modes * 2 * Lengths;
+
+    /// <summary>One of so many misses of a filled site (a power of two) fills it anew.</summary>
+    public const int MissesOfFill = 4;
 
     /// <summary>So many misses (a power of two) are looked at together.</summary>
     public const int MissesOfThrash = 64;

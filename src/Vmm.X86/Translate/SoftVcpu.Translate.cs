@@ -11,9 +11,6 @@ namespace Vmm.X86;
 // collection never waits for guest code. Helpers are UnmanagedCallersOnly and let nothing escape.
 public sealed unsafe partial class SoftVcpu
 {
-    // So often may a group's operands lie in pages that no site has side by side.
-    private const int MaxGroupFailures = 16;
-
     private CodeCache? _code;
     private Translator? _translator;
     private TraitsTable? _traits;
@@ -296,8 +293,8 @@ public sealed unsafe partial class SoftVcpu
     private static ulong ExecuteRecord(CpuContext* cpu, ulong recordOffset, ulong blockOffset)
     {
         var insn = (Insn*)(cpu->Blocks.Arena + recordOffset);
-        bool opensGroup = (blockOffset & HandlerArgument.OpensGroup) != 0;
-        var block = (Block*)(cpu->Blocks.Arena + (blockOffset & ~(ulong)HandlerArgument.OpensGroup));
+        var block = (Block*)(cpu->Blocks.Arena + (blockOffset & ~(ulong)HandlerArgument.InTrace));
+        Block* head = (blockOffset & HandlerArgument.InTrace) != 0 ? (Block*)(cpu->Blocks.Arena + cpu->TraceHead) : block;
         Status status;
         try
         {
@@ -308,7 +305,7 @@ public sealed unsafe partial class SoftVcpu
             {
                 cpu->Thrashing = 0;
                 block->TlbInsns |= 1U << (int)(insn - block->First);
-                From(cpu)._code!.Retire(cpu, block);
+                Retire(cpu, block, head);
             }
 
             cpu->HandlerCalls[insn->Code]++;
@@ -316,16 +313,8 @@ public sealed unsafe partial class SoftVcpu
             // The handler, and a device behind it, sees the count of what was executed before.
             ulong rest = Uncounted(cpu, block, insn);
             cpu->InstructionCount -= rest;
-            ulong fills = cpu->TlbFills;
             status = insn->Handler(cpu, insn);
             cpu->InstructionCount += rest;
-            if (opensGroup && status == Status.Next && fills == cpu->TlbFills &&
-                ++block->GroupFailures == MaxGroupFailures)
-            {
-                block->NoGroups = 1;
-                From(cpu)._code!.Retire(cpu, block);
-            }
-
             if (status == Status.Next)
             {
                 int loaded = cpu->VectorsLoaded;
@@ -360,6 +349,17 @@ public sealed unsafe partial class SoftVcpu
 
         cpu->ExitInfo = (recordOffset << 8) | (uint)status;
         return HandlerResult.Leave;
+    }
+
+    // A block's code is to be made anew, alone and in the trace that met it.
+    private static void Retire(CpuContext* cpu, Block* block, Block* head)
+    {
+        CodeCache code = From(cpu)._code!;
+        code.Retire(cpu, block);
+        if (head != block)
+        {
+            code.Retire(cpu, head);
+        }
     }
 
     // What a block has counted in advance of an instruction and all behind it; 0 where blocks do not count.

@@ -27,21 +27,23 @@ internal sealed unsafe partial class Translator
         {
             Jump = _e.JumpIf(HostCondition.NotEqual),
             Kind = ColdKind.Poll,
-            Offset = _block->First[_at].Offset,
+            Offset = OffsetOf(_at),
             Level = _count - _at,
         };
         _inHost = false;
     }
 
-    // Where the block polls for backward jumps: the first place where flags are dead; -1 for none.
+    // Where the trace polls for the jumps in it that lead back: the first place where flags are dead; -1 for none, or when
+    // such a jump comes before.
     private int PollPoint()
     {
-        if (!LoopsBack())
+        int first = 0;
+        while (first < _count && !LeadsBack(first))
         {
-            return -1;
+            first++;
         }
 
-        for (int i = 0; i < _count; i++)
+        for (int i = 0; i <= first && first < _count; i++)
         {
             if (_live[i] == 0)
             {
@@ -52,51 +54,44 @@ internal sealed unsafe partial class Translator
         return -1;
     }
 
-    private bool LoopsBack()
-    {
-        if (_count == 0)
-        {
-            return false;
-        }
+    // An instruction that jumps back, out of the trace.
+    private bool LeadsBack(int i) => _ways[i] is Way.Plain or Way.FallsThrough &&
+        _traits[i].Kind is InsnKind.Jcc or InsnKind.Jmp && IsBackward((long)_insns[i].NearBranchTarget, i);
 
-        InsnKind kind = _traits[_count - 1].Kind;
-        return kind is InsnKind.Jcc or InsnKind.Jmp && IsBackward((long)_insns[_count - 1].NearBranchTarget);
-    }
-
-    private bool IsBackward(long offset) => offset < EndOffset && IsInPage(offset);
+    private bool IsBackward(long offset, int i) =>
+        offset < (i < _count ? OffsetBehind(i) : EndOffset) && IsInPage(offset);
 
     private void EmitJcc(in Instruction instruction)
     {
-        NeedFlags(Host.T1);
-        long target = (long)instruction.NearBranchTarget;
+        FlushRsp();
+        NeedFlags(InGroup ? Host.T0 : Host.T1);
         int condition = (int)instruction.ConditionCode - (int)ConditionCode.o;
-        bool pollsHere = IsBackward(target) && PollPoint() < 0;
-        byte* jump = _e.JumpIf(condition);
-        if (IsInPage(target) && !pollsHere && jump != null)
+        if (_ways[_at] == Way.IsTaken)
         {
-            _cold[_coldCount++] = new ColdExit
-            {
-                Jump = jump,
-                Kind = ColdKind.Exit,
-                Offset = (int)target,
-                InHost = _inHost,
-                InImage = _inImage,
-            };
-        }
-        else
-        {
-            _cold[_coldCount++] = new ColdExit
-            {
-                Jump = jump,
-                Kind = ColdKind.Far,
-                Offset = (int)target,
-                InHost = _inHost,
-                InImage = _inImage,
-                IsBackward = pollsHere,
-            };
+            LeaveIf(condition ^ 1, OffsetBehind(_at));
+            return;
         }
 
-        ExitTo(EndOffset);
+        LeaveIf(condition, (long)instruction.NearBranchTarget);
+        if (_ways[_at] == Way.Plain)
+        {
+            ExitTo(EndOffset);
+        }
+    }
+
+    // Leaves the trace on a condition.
+    private void LeaveIf(int condition, long target)
+    {
+        bool pollsHere = IsBackward(target, _at) && _poll < 0;
+        _cold[_coldCount++] = new ColdExit
+        {
+            Jump = _e.JumpIf(condition),
+            Kind = IsInPage(target) && !pollsHere ? ColdKind.Exit : ColdKind.Far,
+            Offset = (int)target,
+            InHost = _inHost,
+            InImage = _inImage,
+            IsBackward = pollsHere,
+        };
     }
 
     // Goes to an offset from the block's start, from the hot path.
@@ -115,7 +110,7 @@ internal sealed unsafe partial class Translator
             return;
         }
 
-        if (IsBackward(offset) && PollPoint() < 0)
+        if (IsBackward(offset, _at) && _poll < 0)
         {
             FreeFlagsForExit();
             _e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.Request), 0);
@@ -179,8 +174,8 @@ internal sealed unsafe partial class Translator
     private void EmitBranchProbe(int record, short undoRsp)
     {
         // SAFETY: a distance inside the arena, as in EmitHandlerCall.
-        int offset = record < 0 ? -1 : (int)((byte*)(_block->First + record) - _cpu->Blocks.Arena);
-        EmitBranchProbe(_cache.AddExit(ExitKindOfCode.Indirect, _block, offset, null, false, undoRsp));
+        int offset = record < 0 ? -1 : (int)((byte*)Record(record) - _cpu->Blocks.Arena);
+        EmitBranchProbe(_cache.AddExit(ExitKindOfCode.Indirect, BlockOf(_count - 1), offset, null, false, undoRsp));
     }
 
     // Goes to the linear address in T0.
@@ -260,10 +255,15 @@ internal sealed unsafe partial class Translator
 
     private void EmitCall(in Instruction instruction)
     {
-        FreeFlagsForExit();
+        // What is called in this page may be known not to read flags.
+        long target = (long)instruction.NearBranchTarget;
+        if (_live[_at] != 0)
+        {
+            FreeFlagsForExit();
+        }
+
         PushReturnAddress();
         FlushRsp();
-        long target = (long)instruction.NearBranchTarget;
         if (!IsInPage(target))
         {
             EmitFarBranch((int)target);

@@ -9,10 +9,9 @@ namespace Vmm.X86;
 //
 //     lea T1, [lowest]; sub T1, gs:[Low]; cmp T1, gs:[Limit]; jae cold; add T1, gs:[HostLow]
 //
-// Nothing inside a group leaves its code, so changes of RSP wait until somebody reads it. When the check fails, cold code
-// calls the handlers of all instructions of the group, one after the other, and goes on behind them: each of them faults,
-// reaches devices and crosses pages as it does alone. Where that happens again and again although the TLB has the pages
-// (a frame across two pages that do not lie side by side in the host), the block is translated anew without groups.
+// Changes of RSP wait until somebody reads it. When the check fails, cold code has the instructions of the group once more,
+// each with its own check, and goes on behind the group. So a group whose operands lie in two pages that are not side by
+// side in the host, or meet a device or a fault, does what its instructions do alone, a little later.
 //
 // Between the members there may be instructions that leave T1 alone and change none of the address' registers but by
 // constants.
@@ -21,10 +20,13 @@ internal sealed unsafe partial class Translator
     private const int BaseIsCode = -2;
 
     private readonly int[] _groupOffsets = new int[MaxInsns];
+    private readonly GroupCopy[] _groups = new GroupCopy[MaxInsns];
     private int _groupLast = -1;
-    private uint _groupMembers;
+    private ulong _groupMembers;
     private int _rspDelta;
     private bool _groupFailed;
+    private bool _inCopy;
+    private int _groupCount;
 
     /// <summary>Groups of operands that are checked together.</summary>
     public long Groups { get; private set; }
@@ -42,8 +44,7 @@ internal sealed unsafe partial class Translator
     private void OpenGroup()
     {
         _groupLast = -1;
-        if (DataMode == MmuMode.Empty || _block->NoGroups != 0 || _groupFailed || !Operand(_at, out GroupOperand first) ||
-            ((_block->TlbInsns >> _at) & 1) != 0)
+        if (DataMode == MmuMode.Empty || _groupFailed || _inCopy || !Operand(_at, out GroupOperand first))
         {
             return;
         }
@@ -53,7 +54,7 @@ internal sealed unsafe partial class Translator
         int high = first.Displacement + first.Size;
         bool write = first.Write;
         int last = _at;
-        uint members = 1U << _at;
+        ulong members = 1UL << _at;
         _groupOffsets[_at] = first.Displacement;
         for (int i = _at; i + 1 < _count && Passes(i, first, members, ref shift); i++)
         {
@@ -65,8 +66,7 @@ internal sealed unsafe partial class Translator
             int at = next.Displacement + shift;
             int newLow = at < low ? at : low;
             int newHigh = at + next.Size > high ? at + next.Size : high;
-            if (!next.HasSameBase(first) || ((_block->TlbInsns >> (i + 1)) & 1) != 0 ||
-                newHigh - newLow > Sites.GroupBytes)
+            if (!next.HasSameBase(first) || newHigh - newLow > Sites.GroupBytes)
             {
                 break;
             }
@@ -75,7 +75,7 @@ internal sealed unsafe partial class Translator
             high = newHigh;
             write |= next.Write;
             last = i + 1;
-            members |= 1U << last;
+            members |= 1UL << last;
             _groupOffsets[last] = at;
         }
 
@@ -109,7 +109,8 @@ internal sealed unsafe partial class Translator
             form = Moved(LinearOf(_insns[_at]), low - first.Displacement);
         }
 
-        _slowLast = last;
+        _slowGroup = _groupCount;
+        _groups[_groupCount++] = new GroupCopy { Head = _at, Last = last, InImage = _inImage };
         if (Wanders(form))
         {
             bool usesT0 = UsesT0(form);
@@ -122,7 +123,56 @@ internal sealed unsafe partial class Translator
             Probe(form, span, write, 1, isMerged: true);
         }
 
-        _slowLast = -1;
+        _slowGroup = -1;
+    }
+
+    // The instructions of a group one by one, for when its check has failed.
+    private void EmitCopy(int index)
+    {
+        GroupCopy group = _groups[index];
+        for (int i = 0; i < _slowCount; i++)
+        {
+            if (_slow[i].Group == index)
+            {
+                _e.Land(_slow[i].Jump);
+                _slow[i].Jump = null;
+            }
+        }
+
+        _inCopy = true;
+        _inHost = false;
+        _inImage = group.InImage;
+        _held = -1;
+        for (_at = group.Head; _at <= group.Last; _at++)
+        {
+            if (_at == _poll && _at != group.Head)
+            {
+                EmitPoll();
+            }
+
+            EmitOne();
+        }
+
+        // Flags and T0 as the code behind the group expects them.
+        _at--;
+        if (group.EndsInImage && !_inImage && _inHost)
+        {
+            SaveFlags();
+            _inImage = true;
+        }
+
+        if (group.EndsInHost && !_inHost && _inImage)
+        {
+            CodeStubs.LoadFlags(ref _e, Host.T1);
+        }
+
+        if (group.Held >= 0)
+        {
+            Hold(group.Held);
+        }
+
+        _e.Jump((byte*)group.Resume);
+        _inCopy = false;
     }
 
     private static HostMemory Moved(in HostMemory form, int by) =>
@@ -229,7 +279,7 @@ internal sealed unsafe partial class Translator
     }
 
     // Whether a group may go on behind an instruction; counts what that adds to the address.
-    private bool Passes(int i, in GroupOperand key, uint members, ref int shift)
+    private bool Passes(int i, in GroupOperand key, ulong members, ref int shift)
     {
         ref Instruction instruction = ref _insns[i];
         bool isMember = ((members >> i) & 1) != 0;
@@ -237,6 +287,8 @@ internal sealed unsafe partial class Translator
         {
             case InsnKind.Nop:
                 return true;
+            case InsnKind.Jcc or InsnKind.Jmp:
+                return _ways[i] != Way.Plain;
             case InsnKind.Push when isMember:
             case InsnKind.PushImmediate when isMember:
                 shift -= 8;
@@ -344,6 +396,22 @@ internal sealed unsafe partial class Translator
             default:
                 return instruction.ConditionCode != ConditionCode.None;
         }
+    }
+
+    /// <summary>A group whose instructions are needed once more in cold code.</summary>
+    private struct GroupCopy
+    {
+        public int Head;
+        public int Last;
+
+        /// <summary>Flags are in their image, at the start; they are not in the host's.</summary>
+        public bool InImage;
+
+        /// <summary>Where the code behind the group starts, and what it expects.</summary>
+        public nint Resume;
+        public bool EndsInHost;
+        public bool EndsInImage;
+        public int Held;
     }
 
     /// <summary>A memory operand as groups see it; registers by the guest's numbers.</summary>

@@ -11,7 +11,7 @@ internal sealed unsafe partial class Translator
         ref Instruction instruction = ref _insns[_at];
         InsnKind kind = _traits[_at].Kind;
         bool keepsHeld = kind is InsnKind.Pass or InsnKind.Vector or InsnKind.X87 or InsnKind.Nop or InsnKind.Lea
-            or InsnKind.Push or InsnKind.PushImmediate or InsnKind.Pop;
+            or InsnKind.Push or InsnKind.PushImmediate or InsnKind.Pop or InsnKind.Jcc or InsnKind.Jmp;
         _held = keepsHeld ? _held : -1;
         if (!InGroup)
         {
@@ -91,7 +91,11 @@ internal sealed unsafe partial class Translator
                 EmitJcc(instruction);
                 break;
             case InsnKind.Jmp:
-                ExitTo((long)instruction.NearBranchTarget);
+                if (_ways[_at] == Way.Plain)
+                {
+                    ExitTo((long)instruction.NearBranchTarget);
+                }
+
                 break;
             case InsnKind.JmpIndirect:
                 EmitJmpIndirect(instruction);
@@ -268,7 +272,7 @@ internal sealed unsafe partial class Translator
             FreeFlags();
             HostMemory operand = Check(
                 original, size, (access & 2) != 0, isVector ? traits.Alignment : locks ? size : 1,
-                needsT0: restores || (loads & 1) != 0);
+                needsT0: restores || (loads & 1) != 0, isStore: access == 2);
             SetMemory(ref instruction, operand);
         }
 

@@ -47,8 +47,19 @@ internal sealed unsafe partial class Translator
             int i = index == Register.None ? Host.None : Number(index);
             if (i >= 0 && IsSpilled(i))
             {
+                if (b == _held && scale == 0)
+                {
+                    (b, i) = (i, b);
+                }
+
                 Hold(i);
-                if (b >= 0 && IsSpilled(b))
+                if (b >= 0 && IsSpilled(b) && scale == 0)
+                {
+                    _held = -1;
+                    _e.Alu(AluOp.Add, Host.T0, Slot(b));
+                    form = new HostMemory(Host.T0, displacement);
+                }
+                else if (b >= 0 && IsSpilled(b))
                 {
                     _held = -1;
                     _e.Lea(Host.T0, new HostMemory(Host.None, Host.T0, scale, displacement));
@@ -103,8 +114,7 @@ internal sealed unsafe partial class Translator
 
     private bool HasAddressPrefix(in Instruction instruction)
     {
-        Insn* record = _block->First + _at;
-        return record->AddressSize == 4 && instruction.Length > 0;
+        return Record(_at)->AddressSize == 4 && instruction.Length > 0;
     }
 
     private static int SegmentOf(in Instruction instruction) => instruction.MemorySegment switch
@@ -134,7 +144,9 @@ internal sealed unsafe partial class Translator
     private static bool UsesT0(in HostMemory form) => form.Base == Host.T0 || form.Index == Host.T0;
 
     // Checks an operand and answers where it is in the host. With needsT0, T0 is not part of that.
-    private HostMemory Check(in Instruction instruction, int size, bool write, int alignment, bool needsT0)
+    // isStore: it is not read.
+    private HostMemory Check(
+        in Instruction instruction, int size, bool write, int alignment, bool needsT0, bool isStore = false)
     {
         HostMemory form = LinearOf(instruction);
         if (Wanders(form))
@@ -150,8 +162,9 @@ internal sealed unsafe partial class Translator
 
             form = Flat(form);
         }
-        else if (needsT0 && (form.Index >= 0 || UsesT0(form)))
+        else if (form.Index >= 0 ? needsT0 || isStore : needsT0 && UsesT0(form))
         {
+            // Who loads may wait for the address, and an addend that is added to it is ready sooner.
             Probe(form, size, write, alignment, isMerged: true);
             return new HostMemory(Host.T1, 0);
         }
@@ -203,7 +216,7 @@ internal sealed unsafe partial class Translator
             return;
         }
 
-        SitePlaces++;
+        SitePlaces += _inCopy ? 0 : 1;
         int kind = Sites.Class(mode, write, size);
         int site = Sites.Offset(kind, IsStack(form) ? 0 : ++_nextSite[kind]);
         Address(form);
@@ -233,7 +246,7 @@ internal sealed unsafe partial class Translator
             Site = site | ((size - 1) << 24),
             Kind = kind,
             Insn = _at,
-            Last = _slowLast,
+            Group = _slowGroup,
             IsMerged = isMerged,
         };
     }
@@ -248,15 +261,15 @@ internal sealed unsafe partial class Translator
         return DataMode switch
         {
             MmuMode.Empty => false,
-            MmuMode.User => ((_block->TlbInsns >> _at) & 1) != 0,
-            _ => !IsStack(form) || ((_block->TlbInsns >> _at) & 1) != 0,
+            MmuMode.User => Wanders(_at),
+            _ => !IsStack(form) || Wanders(_at),
         };
     }
 
     // The check by the TLB; leaves the addend in T1 and destroys T0.
     private void ProbeTlb(in HostMemory form, int size, bool write, int alignment)
     {
-        TlbPlaces++;
+        TlbPlaces += _inCopy ? 0 : 1;
         _held = -1;
         int table = CpuContext.TlbOffset + ((int)DataMode * TlbEntry.Count * TlbEntry.SizeBytes);
         _e.Lea(Host.T1, form);
@@ -314,10 +327,14 @@ internal sealed unsafe partial class Translator
 
         _e.Pop(Host.T0);
         _e.JumpIf(HostCondition.Equal, (byte*)miss.Back);
-        _at = miss.Insn;
-        _slowLast = miss.Last;
-        SlowJump(_e.JumpForward());
-        _slowLast = -1;
+        _slow[_slowCount++] = new SlowSite
+        {
+            Jump = _e.JumpForward(),
+            Insn = miss.Insn,
+            Group = miss.Group,
+            Resume = miss.Resume,
+            Held = miss.Held,
+        };
     }
 
     private MmuMode DataMode => (_block->Key & (BlockKey.User | BlockKey.Ac)) switch
@@ -338,8 +355,12 @@ internal sealed unsafe partial class Translator
         public int Kind;
         public int Insn;
 
-        /// <summary>Of a group: its last instruction; otherwise -1.</summary>
-        public int Last;
+        /// <summary>Of a group's check: which group; otherwise -1.</summary>
+        public int Group;
+
+        /// <summary>Where to go on, and the register of the context that T0 holds there.</summary>
+        public nint Resume;
+        public int Held;
 
         /// <summary>T1 becomes the host's address instead of the addend.</summary>
         public bool IsMerged;

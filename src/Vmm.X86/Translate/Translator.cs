@@ -30,13 +30,13 @@ namespace Vmm.X86;
 // Interrupts. Backward jumps poll Request at a point where flags are dead; a probe of the indirect-branch cache polls
 // for nothing (CpuContext.BranchTag). Straight code does not poll.
 //
-// Files: Translator (blocks, flags, liveness), .Memory (operands and checks), .Groups (checks for several), .Integer,
-// .System, .Branches.
+// Files: Translator (flags, liveness, cold code), .Traces (what is translated together), .Memory (operands and checks),
+// .Groups (checks for several), .Integer, .System, .Branches.
 
 /// <summary>Makes host code from decoded blocks. One for each vCPU; used by its thread only.</summary>
 internal sealed unsafe partial class Translator
 {
-    private const int MaxInsns = 40;
+    private const int MaxInsns = 64;
     private const uint All = TraitsTable.AllFlags;
 
     private readonly CodeCache _cache;
@@ -48,11 +48,9 @@ internal sealed unsafe partial class Translator
     private readonly Instruction[] _insns = new Instruction[MaxInsns];
     private readonly InsnTraits[] _traits = new InsnTraits[MaxInsns];
     private readonly uint[] _live = new uint[MaxInsns + 1];
-    private readonly SlowSite[] _slow = new SlowSite[MaxInsns * 8];
-    private readonly SiteMiss[] _misses = new SiteMiss[MaxInsns * 3];
-    private readonly nint[] _resume = new nint[MaxInsns + 1];
-    private readonly int[] _heldAt = new int[MaxInsns + 1];
-    private readonly ColdExit[] _cold = new ColdExit[8];
+    private readonly SlowSite[] _slow = new SlowSite[MaxInsns * 16];
+    private readonly SiteMiss[] _misses = new SiteMiss[MaxInsns * 6];
+    private readonly ColdExit[] _cold = new ColdExit[8 + (4 * MaxInsns)];
 
     private Emitter _e;
     private CpuContext* _cpu;
@@ -65,7 +63,7 @@ internal sealed unsafe partial class Translator
     private int _coldCount;
     private bool _inHost;
     private bool _inImage;
-    private int _slowLast = -1;
+    private int _slowGroup = -1;
 
     // The register of the context that T0 holds as well; -1 for none. Every change is stored at once.
     private int _held;
@@ -117,8 +115,7 @@ internal sealed unsafe partial class Translator
 
         _cpu = cpu;
         _block = block;
-        _count = block->Count;
-        Read(block, _insns, _traits);
+        ReadTrace();
         uint liveOut = LiveOut();
         Liveness(liveOut);
         block->FlagsIn = (int)_live[0] | 0x100;
@@ -155,32 +152,23 @@ internal sealed unsafe partial class Translator
         }
     }
 
-    // Decodes a block's bytes again: records do not keep Iced's instructions.
-    private void Read(Block* block, Instruction[] insns, InsnTraits[] traits)
-    {
-        for (int i = 0; i < block->Count; i++)
-        {
-            Insn* record = block->First + i;
-            _reader.Set(block->Source + record->Offset, record->Length);
-            _decoder.IP = record->Offset;
-            _decoder.Decode(out insns[i]);
-            traits[i] = _traitsTable.Of(insns[i]);
-            if (insns[i].IsInvalid)
-            {
-                traits[i] = new InsnTraits { Kind = InsnKind.Handler, Reads = TraitsTable.AllFlags };
-            }
-        }
-    }
-
     // _live[i]: flags that are read, from in front of instruction i on, before they are written.
     private void Liveness(uint liveOut)
     {
         _live[_count] = liveOut;
         for (int i = _count - 1; i >= 0; i--)
         {
-            _live[i] = Before(_live[i + 1], _insns[i], _traits[i]);
+            _live[i] = Before(_live[i + 1] | LeavesWith(i), _insns[i], _traits[i]);
         }
     }
+
+    // Flags that are read where an instruction inside a trace leaves it.
+    private uint LeavesWith(int i) => _ways[i] switch
+    {
+        Way.FallsThrough => FlagsAt((long)_insns[i].NearBranchTarget),
+        Way.IsTaken => FlagsAt(OffsetBehind(i)),
+        _ => 0,
+    };
 
     private static uint Before(uint after, in Instruction instruction, in InsnTraits traits)
     {
@@ -220,9 +208,9 @@ internal sealed unsafe partial class Translator
         {
             case InsnKind.Jcc:
                 return FlagsAt((long)last.NearBranchTarget) | FlagsAt(end);
-            case InsnKind.Jmp:
+            case InsnKind.Jmp or InsnKind.Call:
                 return FlagsAt((long)last.NearBranchTarget);
-            case InsnKind.Call or InsnKind.CallIndirect or InsnKind.JmpIndirect or InsnKind.Ret or InsnKind.Handler
+            case InsnKind.CallIndirect or InsnKind.JmpIndirect or InsnKind.Ret or InsnKind.Handler
                 or InsnKind.Syscall or InsnKind.Sysret:
                 return All;
             default:
@@ -265,7 +253,7 @@ internal sealed unsafe partial class Translator
         uint live = 0;
         for (int i = _count - 1; i >= 0; i--)
         {
-            live = Before(live, _insns[i], _traits[i]);
+            live = Before(live | LeavesWith(i), _insns[i], _traits[i]);
         }
 
         return live;
@@ -299,7 +287,7 @@ internal sealed unsafe partial class Translator
         return read | (All & ~written);
     }
 
-    private int EndOffset => _block->First[_count].Offset;
+    private int EndOffset => _endOffset;
 
     private int PageOffset => (int)(_block->Physical & Mem.PageOffset);
 
@@ -309,6 +297,7 @@ internal sealed unsafe partial class Translator
         _slowCount = 0;
         _missCount = 0;
         _coldCount = 0;
+        _groupCount = 0;
         _groupLast = -1;
         _rspDelta = 0;
         _held = -1;
@@ -324,9 +313,15 @@ internal sealed unsafe partial class Translator
                 EmitPoll();
             }
 
-            EmitInsn();
-            _resume[i] = (nint)_e.At;
-            _heldAt[i] = _held;
+            EmitOne();
+            if (i == _groupLast)
+            {
+                ref GroupCopy group = ref _groups[_groupCount - 1];
+                group.Resume = (nint)_e.At;
+                group.EndsInHost = _inHost;
+                group.EndsInImage = _inImage;
+                group.Held = _held;
+            }
         }
 
         _at = _count;
@@ -512,32 +507,55 @@ internal sealed unsafe partial class Translator
 
     private void SlowJump(byte* jump)
     {
-        _slow[_slowCount++] = new SlowSite { Jump = jump, Insn = _at, Last = _slowLast };
+        _slow[_slowCount++] = new SlowSite { Jump = jump, Insn = _at, Group = _slowGroup };
     }
 
-    private void EmitHandlerCall(int index, bool opensGroup = false)
+    private void EmitHandlerCall(int index)
     {
-        Insn* record = _block->First + index;
         // SAFETY: records and blocks lie in the arena, which is smaller than 2 GiB: only their distance is used.
-        uint block = (uint)((byte*)_block - _cpu->Blocks.Arena);
-        _e.MoveImmediate(Host.T0, (uint)((byte*)record - _cpu->Blocks.Arena));
-        _e.MoveImmediate(Host.T1, opensGroup ? block | HandlerArgument.OpensGroup : block);
+        uint block = (uint)((byte*)BlockOf(index) - _cpu->Blocks.Arena);
+        if (_isTrace)
+        {
+            block |= HandlerArgument.InTrace;
+            _e.StoreImmediate32(HostMemory.Context(Offsets.TraceHead), (int)((byte*)_block - _cpu->Blocks.Arena));
+        }
+
+        _e.MoveImmediate(Host.T0, (uint)((byte*)Record(index) - _cpu->Blocks.Arena));
+        _e.MoveImmediate(Host.T1, block);
         _e.Call(_cache.Stubs.Handler);
+    }
+
+    // An instruction, and where its slow paths come back to.
+    private void EmitOne()
+    {
+        int slow = _slowCount;
+        int miss = _missCount;
+        EmitInsn();
+        for (; slow < _slowCount; slow++)
+        {
+            _slow[slow].Resume = (nint)_e.At;
+            _slow[slow].Held = _held;
+        }
+
+        for (; miss < _missCount; miss++)
+        {
+            _misses[miss].Resume = (nint)_e.At;
+            _misses[miss].Held = _held;
+        }
     }
 
     // Out-of-line code: slow paths, exits, the dead block's own exits.
     private void Cold()
     {
-        for (int i = 0; i < _coldCount; i++)
+        int cold = 0;
+        int miss = 0;
+        EmitColdAndMisses(ref cold, ref miss);
+        for (int i = 0; i < _groupCount; i++)
         {
-            EmitCold(ref _cold[i]);
+            EmitCopy(i);
         }
 
-        for (int i = 0; i < _missCount; i++)
-        {
-            EmitMiss(ref _misses[i]);
-        }
-
+        EmitColdAndMisses(ref cold, ref miss);
         for (int i = 0; i < _slowCount; i++)
         {
             if (_slow[i].Jump == null)
@@ -545,28 +563,23 @@ internal sealed unsafe partial class Translator
                 continue;
             }
 
-            int index = _slow[i].Insn;
+            SlowSite slow = _slow[i];
             for (int j = i; j < _slowCount; j++)
             {
-                if (_slow[j].Insn == index && _slow[j].Jump != null)
+                if (_slow[j].Resume == slow.Resume && _slow[j].Insn == slow.Insn && _slow[j].Jump != null)
                 {
                     _e.Land(_slow[j].Jump);
                     _slow[j].Jump = null;
                 }
             }
 
-            int last = _slow[i].Last < 0 ? index : _slow[i].Last;
-            for (int j = index; j <= last; j++)
+            EmitHandlerCall(slow.Insn);
+            if (slow.Held >= 0)
             {
-                EmitHandlerCall(j, opensGroup: j == index && last != index);
+                _e.Load(Host.T0, Slot(slow.Held));
             }
 
-            if (_heldAt[last] >= 0)
-            {
-                _e.Load(Host.T0, Slot(_heldAt[last]));
-            }
-
-            _e.Jump((byte*)_resume[last]);
+            _e.Jump((byte*)slow.Resume);
         }
 
         byte* stale = _e.At;
@@ -576,6 +589,19 @@ internal sealed unsafe partial class Translator
         {
             _e.MoveImmediate(Host.T0, (uint)exit);
             _e.Jump(i == 0 ? _cache.Stubs.ExitHostFlags : _cache.Stubs.ExitFlagImage);
+        }
+    }
+
+    private void EmitColdAndMisses(ref int cold, ref int miss)
+    {
+        for (; cold < _coldCount; cold++)
+        {
+            EmitCold(ref _cold[cold]);
+        }
+
+        for (; miss < _missCount; miss++)
+        {
+            EmitMiss(ref _misses[miss]);
         }
     }
 
@@ -595,8 +621,12 @@ internal sealed unsafe partial class Translator
         public byte* Jump;
         public int Insn;
 
-        /// <summary>Of a group: its last instruction; otherwise -1.</summary>
-        public int Last;
+        /// <summary>Of a group's check: which group; otherwise -1.</summary>
+        public int Group;
+
+        /// <summary>Where to go on, and the register of the context that T0 holds there.</summary>
+        public nint Resume;
+        public int Held;
     }
 
     private enum ColdKind
