@@ -19,7 +19,7 @@
 #include "x86.h"
 #include "vmk_irqchip.h"
 
-const struct vmk_arch_ops *vmk_arch;
+const struct vmk_arch_ops *vmk_arch;	/* NULL: not initialized */
 static uint32_t nvms;			/* atomic */
 static uint64_t last_serial;		/* atomic */
 
@@ -50,14 +50,17 @@ vmk_module_fini(void)
 {
 	if (__atomic_load_n(&nvms, __ATOMIC_SEQ_CST) != 0)
 		return (VMK_EBUSY);
-	vmk_arch->fini();
+	if (vmk_arch != NULL)
+		vmk_arch->fini();
+	vmk_arch = NULL;
 	return (0);
 }
 
 void
 vmk_module_resume(void)
 {
-	vmk_arch->resume();
+	if (vmk_arch != NULL)
+		vmk_arch->resume();
 }
 
 /* ---- machine life ------------------------------------------------------ */

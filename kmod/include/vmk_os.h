@@ -261,7 +261,7 @@ extern struct vmk_tunables vmk_tunables;
 
 /* 0, or VMK_ENODEV (no usable SVM/VMX), VMK_EBUSY (someone else uses it). */
 int	 vmk_module_init(void);
-/* VMK_EBUSY while a VM or vCPU exists. */
+/* VMK_EBUSY while a VM or vCPU exists.  Also after a failed init, or twice. */
 int	 vmk_module_fini(void);
 /* Pages charged to all machines now. */
 uint64_t vmk_mem_charged(void);

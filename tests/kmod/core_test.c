@@ -1682,9 +1682,29 @@ test_flush_race(void)
 	tap_done("run: no entry slips past a flush");
 }
 
+/* Hosts unload what failed to load; nothing is there to be taken down. */
+static void
+test_load(void)
+{
+	fake_init_error = VMK_ENODEV;
+	CHECK_EQ(vmk_module_init(), VMK_ENODEV);
+	vmk_module_resume();
+	CHECK_EQ(vmk_module_fini(), 0);
+	fake_init_error = VMK_EBUSY;
+	CHECK_EQ(vmk_module_init(), VMK_EBUSY);
+	CHECK_EQ(vmk_module_fini(), 0);
+	fake_init_error = 0;
+	CHECK_EQ(vmk_module_init(), 0);
+	CHECK_EQ(vmk_module_fini(), 0);
+	CHECK_EQ(vmk_module_fini(), 0);
+	vmk_module_resume();
+	tap_done("module: unloads after a failed load, and twice");
+}
+
 int
 main(void)
 {
+	test_load();
 	if (vmk_module_init() != 0)
 		return (1);
 	test_system();

@@ -11,10 +11,12 @@
 fake_enter_fn *fake_enter;
 static struct vmk_vcpu *last;
 
+int fake_init_error;
+
 static int
 fake_init(void)
 {
-	return (0);
+	return (fake_init_error);
 }
 
 static void

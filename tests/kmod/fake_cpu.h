@@ -11,6 +11,7 @@
 typedef void fake_enter_fn(struct vmk_vcpu *, const struct vmk_entry *,
     struct vmk_exit *);
 extern fake_enter_fn *fake_enter;
+extern int fake_init_error;	/* what vmk_module_init() meets */
 
 struct fake_vcpu {
 	uint64_t		creg[VMK_NCREG];

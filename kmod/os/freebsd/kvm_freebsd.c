@@ -675,7 +675,7 @@ static struct cdev *kvm_cdev;
 /* Shared: a request of /dev/kvm; exclusive: the module goes. */
 static struct sx load_lock;
 SX_SYSINIT(vmk_load_lock, &load_lock, "kvm module");
-static bool unloaded;
+static bool loaded;
 
 static fo_ioctl_t	kvm_fo_ioctl;
 static fo_stat_t	kvm_fo_stat;
@@ -718,7 +718,7 @@ dispatch_dev(uint32_t request, uint64_t arg, struct thread *td)
 	int error;
 
 	sx_slock(&load_lock);
-	error = unloaded ? ENXIO : dispatch(NULL, request, arg, td);
+	error = loaded ? dispatch(NULL, request, arg, td) : ENXIO;
 	sx_sunlock(&load_lock);
 	return (error);
 }
@@ -1068,22 +1068,27 @@ kvm_load(void)
 	args.mda_uid = UID_ROOT;
 	args.mda_gid = GID_WHEEL;
 	args.mda_mode = 0660;
+	loaded = true;
 	error = make_dev_s(&args, &kvm_cdev, "kvm");
 	if (error != 0) {
+		loaded = false;
 		deregister();
 		(void)vmk_module_fini();
 	}
 	return (error);
 }
 
+/* The kernel calls this after a kvm_load() that failed, too. */
 static int
 kvm_unload(void)
 {
 	int error;
 
+	if (!loaded)
+		return (0);
 	sx_xlock(&load_lock);
 	error = vmk_module_fini();
-	unloaded = error == 0;
+	loaded = error != 0;
 	sx_xunlock(&load_lock);
 	if (error != 0)
 		return (error);
