@@ -236,6 +236,8 @@ internal static unsafe class Binder
 
     private static bool EndsBlock(Mnemonic mnemonic) => mnemonic switch
     {
+        // They change the block's key.
+        Mnemonic.Stac or Mnemonic.Clac => true,
         Mnemonic.Hlt or Mnemonic.Wrmsr or Mnemonic.Lmsw or Mnemonic.Invlpg or Mnemonic.Invpcid or Mnemonic.Xsetbv or
             Mnemonic.Mwait or Mnemonic.In or Mnemonic.Out => true,
         _ => false,

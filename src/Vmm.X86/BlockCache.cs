@@ -182,7 +182,7 @@ internal unsafe struct BlockCache
     public long Overflows;
 
     /// <summary>Entries of the indirect-branch cache (Translate/Translator.Branches.cs).</summary>
-    public const int Branches = 1 << 13;
+    public const int Branches = 1 << 16;
 
     /// <summary>Entries that the addresses of one page can have: a window of the table.</summary>
     public const int BranchWindow = 1 << 11;

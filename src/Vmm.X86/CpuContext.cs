@@ -270,16 +270,16 @@ internal unsafe struct CpuContext
     [FieldOffset(0x212)]
     public ushort IdtLimit;
 
-    [FieldOffset(0x218)]
+    [FieldOffset(Offsets.Cr0)]
     public ulong Cr0;
 
-    [FieldOffset(0x220)]
+    [FieldOffset(Offsets.Cr2)]
     public ulong Cr2;
 
-    [FieldOffset(0x228)]
+    [FieldOffset(Offsets.Cr3)]
     public ulong Cr3;
 
-    [FieldOffset(0x230)]
+    [FieldOffset(Offsets.Cr4)]
     public ulong Cr4;
 
     /// <summary>IA32_EFER.</summary>
@@ -291,7 +291,7 @@ internal unsafe struct CpuContext
     public ulong Xcr0;
 
     /// <summary>PKRU (the register; the XSAVE area's copy is not used while running).</summary>
-    [FieldOffset(0x248)]
+    [FieldOffset(Offsets.Pkru)]
     public uint Pkru;
 
     /// <summary>DR0 to DR3.</summary>
@@ -391,6 +391,10 @@ internal unsafe struct CpuContext
     /// <summary>SYSCALL and SYSRET in generated code.</summary>
     [FieldOffset(Offsets.Calls)]
     public FastCalls Calls;
+
+    /// <summary>Generated code: a word that one instruction keeps for itself between two checks.</summary>
+    [FieldOffset(Offsets.Scratch)]
+    public ulong Scratch;
 
     /// <summary>RDTSC in generated code; Value has the vCPU's offset. The limit is 0 where RDTSC may fault.</summary>
     [FieldOffset(Offsets.Tsc)]

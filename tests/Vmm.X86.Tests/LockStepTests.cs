@@ -34,6 +34,16 @@ public sealed class LockStepTests
     [InlineData(8)]
     [InlineData(9)]
     [InlineData(10)]
+    [InlineData(11)]
+    [InlineData(12)]
+    [InlineData(13)]
+    [InlineData(14)]
+    [InlineData(15)]
+    [InlineData(16)]
+    [InlineData(17)]
+    [InlineData(18)]
+    [InlineData(19)]
+    [InlineData(20)]
     public void TranslatedProgram_AtEachStop_IsWhereTheInterpreterIs(int seed)
     {
         using TestVm translated = Make(seed, translateAfter: 1);
@@ -82,12 +92,12 @@ public sealed class LockStepTests
 
         // The program lies across a page's end, so that branches between pages are met.
         ulong at = TestVm.CodeAt + 0x1000 - (ulong)random.Next(40, 400);
-        vm.Assemble(at, 64, a => Emit(a, random));
+        vm.Assemble(at, 64, a => Emit(a, random, isKernel: (seed & 1) == 0));
         vm.State.Rip = at;
         return vm;
     }
 
-    private static void Emit(Assembler a, Random random)
+    private static void Emit(Assembler a, Random random, bool isKernel)
     {
         Label outer = a.CreateLabel();
         Label inner = a.CreateLabel();
@@ -98,14 +108,14 @@ public sealed class LockStepTests
         a.Label(ref inner);
         for (int i = 0; i < random.Next(5, 40); i++)
         {
-            One(a, random, function);
+            One(a, random, function, isKernel);
         }
 
         a.dec(__dword_ptr[CounterAt + 8]);
         a.jne(inner);
         for (int i = 0; i < random.Next(5, 60); i++)
         {
-            One(a, random, function);
+            One(a, random, function, isKernel);
         }
 
         // MOV R9D, imm32 whose immediate the program changes.
@@ -119,18 +129,18 @@ public sealed class LockStepTests
         a.jne(outer);
         a.hlt();
         a.Label(ref function);
-        One(a, random, null);
-        One(a, random, null);
+        One(a, random, null, isKernel);
+        One(a, random, null, isKernel);
         a.ret();
     }
 
-    private static void One(Assembler a, Random random, Label? function)
+    private static void One(Assembler a, Random random, Label? function, bool isKernel)
     {
         AssemblerRegister64 x = s_registers[random.Next(s_registers.Length)];
         AssemblerRegister64 y = s_registers[random.Next(s_registers.Length)];
         AssemblerRegister64 z = s_registers[random.Next(s_registers.Length)];
         int offset = DataAt + random.Next(DataBytes - 16);
-        switch (random.Next(20))
+        switch (random.Next(30))
         {
             case 0:
                 a.add(x, y);
@@ -201,18 +211,144 @@ public sealed class LockStepTests
                 a.@lock.xadd(__qword_ptr[offset & ~7], x);
                 break;
             case 17:
-                a.or(y, 1);
+                AssemblerRegister64 divisor = y == rdx ? rbx : y;
+                a.or(divisor, 1);
                 a.mov(edx, 0);
-                a.div(y);
+                a.div(divisor);
                 a.cmp(x, y);
                 break;
             case 18:
                 a.rcr(x, (byte)1);
                 break;
+            case 20:
+            case 21:
+                Copy(a, random);
+                break;
+            case 22:
+                a.push(x);
+                a.pop(__qword_ptr[offset]);
+                a.push(y);
+                a.pop(__qword_ptr[rsp - 16 - random.Next(4)]);
+                break;
+            case 23:
+            case 24:
+                // Bits before and behind the operand, across pages.
+                a.movsx(y, Like16(y));
+                BitString(a, random, y);
+                break;
+            case 25:
+                a.mov(eax, random.Next(2));
+                a.xor(edx, edx);
+                a.@lock.cmpxchg16b(__xmmword_ptr[offset & ~15]);
+                a.sete(Like8(x));
+                break;
+            case 26 when isKernel:
+                a.stac();
+                a.mov(x, __[offset]);
+                a.add(__qword_ptr[offset], y);
+                a.clac();
+                break;
+            case 27 when isKernel:
+                a.clac();
+                a.mov(x, cr3);
+                a.mov(y, cr0);
+                a.mov(z, cr4);
+                break;
+            case 28:
+                a.cmp(x, y);
+                a.std();
+                a.setb(Like8(z));
+                a.mov(edi, DataAt + random.Next(64, DataBytes - 8));
+                a.mov(ecx, random.Next(1, 8));
+                a.rep.stosb();
+                a.cld();
+                break;
             default:
                 a.movsx(x, __byte_ptr[offset]);
                 break;
         }
+    }
+
+    private static AssemblerRegister16 Like16(AssemblerRegister64 register) =>
+        new(Register.AX + (register.Value - Register.RAX));
+
+    private static AssemblerRegister8 Like8(AssemblerRegister64 register) =>
+        new(((Register)register).GetNumber() < 4
+            ? Register.AL + (register.Value - Register.RAX)
+            : Register.SPL + (register.Value - Register.RSP));
+
+    // Copies and fills inside a page, across pages, over each other, and of nothing.
+    private static void Copy(Assembler a, Random random)
+    {
+        int bytes = random.Next(3) switch { 0 => random.Next(4), 1 => random.Next(100), _ => random.Next(5000) };
+        a.mov(edi, DataAt + random.Next(DataBytes - bytes - 8));
+        a.mov(esi, DataAt + random.Next(DataBytes - bytes - 8));
+        int size = 1 << random.Next(4);
+        a.mov(ecx, bytes / size);
+        switch (size * (random.Next(2) == 0 ? 1 : 16))
+        {
+            case 1:
+                a.rep.movsb();
+                break;
+            case 2:
+                a.rep.movsw();
+                break;
+            case 4:
+                a.rep.movsd();
+                break;
+            case 8:
+                a.rep.movsq();
+                break;
+            case 16:
+                a.rep.stosb();
+                break;
+            case 32:
+                a.rep.stosw();
+                break;
+            case 64:
+                a.rep.stosd();
+                break;
+            default:
+                a.rep.stosq();
+                break;
+        }
+    }
+
+    private static void BitString(Assembler a, Random random, AssemblerRegister64 number)
+    {
+        int offset = DataAt + 0x1800 + (random.Next(64) * 8);
+        var wide = __qword_ptr[offset];
+        var narrow = __dword_ptr[offset];
+        var number32 = new AssemblerRegister32(Register.EAX + (number.Value - Register.RAX));
+        switch (random.Next(8))
+        {
+            case 0:
+                a.bt(wide, number);
+                break;
+            case 1:
+                a.bt(narrow, number32);
+                break;
+            case 2:
+                a.bts(wide, number);
+                break;
+            case 3:
+                a.@lock.btr(wide, number);
+                break;
+            case 4:
+                a.@lock.bts(narrow, number32);
+                break;
+            case 5:
+                a.btc(narrow, number32);
+                break;
+            case 6:
+                a.btr(__word_ptr[offset], Like16(number));
+                break;
+            default:
+                a.@lock.btc(wide, number);
+                break;
+        }
+
+        a.setb(__byte_ptr[offset + 9]);
     }
 
     private sealed class KickPort(TestVm vm) : IRegisterWindow

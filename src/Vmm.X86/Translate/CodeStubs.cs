@@ -585,6 +585,12 @@ internal static class Offsets
     public const int CallsUserSs = Calls + 48;
     public const int CallsKernelTlb = Calls + 56;
     public const int CallsUserTlb = Calls + 64;
+    public const int Scratch = 0xB70;
+    public const int Cr0 = 0x218;
+    public const int Cr2 = 0x220;
+    public const int Cr3 = 0x228;
+    public const int Cr4 = 0x230;
+    public const int Pkru = 0x248;
     public const int Lstar = Msrs + sizeof(ulong);
     public const int BranchTag = 0xBE;
     public const int Tlb = 0xC0;

@@ -213,6 +213,23 @@ internal unsafe struct Emitter
     /// <summary>IMUL to, memory; 64 bits.</summary>
     public void Multiply(int to, in HostMemory memory) => MemoryForm(true, 0x0FAF, to, memory);
 
+    /// <summary>REP MOVS (A4h) or REP STOS (AAh) of elements of a size.</summary>
+    public void RepeatedString(int opcode, int size)
+    {
+        if (size == 2)
+        {
+            Byte(0x66);
+        }
+
+        Byte(0xF3);
+        if (size == 8)
+        {
+            Byte(0x48);
+        }
+
+        Byte(size == 1 ? opcode : opcode + 1);
+    }
+
     /// <summary>RDTSC.</summary>
     public void ReadTsc()
     {

@@ -24,6 +24,18 @@ public sealed unsafe partial class SoftVcpu
     /// <summary>Times that generated code was entered; for statistics.</summary>
     internal long Dispatches { get; private set; }
 
+    /// <summary>Ways out of generated code: by ExitKindOfCode, then handlers that left, then instructions to interpret.</summary>
+    internal long[] Leavings { get; } = new long[ReasonInterpret + 1];
+
+    /// <summary>Blocks that the interpreter executed while the vCPU translates.</summary>
+    internal long Interpreted { get; private set; }
+
+    /// <summary>Of those, blocks that cross a page.</summary>
+    internal long InterpretedCrossing { get; private set; }
+
+    internal const int ReasonHandler = (int)ExitKindOfCode.Far + 1;
+    internal const int ReasonInterpret = ReasonHandler + 1;
+
     /// <summary>Null when everything is interpreted.</summary>
     internal Translator? Translator => _translator;
 
@@ -59,7 +71,14 @@ public sealed unsafe partial class SoftVcpu
     // Counts an execution by the interpreter; true when the block has generated code now.
     private bool Heat(CpuContext* cpu, Block* block)
     {
-        if (_translator is null || ++block->Hits < TranslateAfter)
+        if (_translator is null)
+        {
+            return false;
+        }
+
+        Interpreted++;
+        InterpretedCrossing += block->Crosses;
+        if (++block->Hits < TranslateAfter)
         {
             return false;
         }
@@ -100,6 +119,7 @@ public sealed unsafe partial class SoftVcpu
         _exit = -1;
         if (code == ExitCode.Status)
         {
+            Leavings[ReasonHandler]++;
             if (_failure is not null)
             {
                 ExceptionDispatchInfo failure = _failure;
@@ -117,6 +137,7 @@ public sealed unsafe partial class SoftVcpu
         SetFlags(cpu);
         if (code == ExitCode.Interpret)
         {
+            Leavings[ReasonInterpret]++;
             *insn = (Insn*)(cpu->Blocks.Arena + (uint)cpu->ExitInfo);
             cpu->CurrentBlock = (Block*)(cpu->Blocks.Arena + (cpu->ExitInfo >> 32));
             cpu->BlockRip = cpu->CodeBase + (cpu->CurrentBlock->Physical & Mem.PageOffset);
@@ -127,6 +148,7 @@ public sealed unsafe partial class SoftVcpu
 
         ExitRecord* exit = _code.Exits + cpu->ExitInfo;
         cpu->CurrentBlock = exit->Source;
+        Leavings[exit->Kind]++;
         if (exit->Kind == (byte)ExitKindOfCode.Indirect)
         {
             if (exit->Offset >= 0 && !Paging.IsCanonical(cpu, cpu->Rip))
@@ -236,11 +258,14 @@ public sealed unsafe partial class SoftVcpu
     /// <summary>What BranchTag has beside the address space's number at level 3.</summary>
     internal const int UserTag = 0x1000;
 
+    /// <summary>The same with EFLAGS.AC.</summary>
+    internal const int AcTag = 0x2000;
+
     private static ushort Tag(CpuContext* cpu)
     {
         uint tag = (uint)(IsShared(cpu) ? cpu->GlobalAsid : cpu->SpaceAsid);
         tag |= (cpu->ModeKey & BlockKey.User) != 0 ? (uint)UserTag : 0;
-        tag |= (cpu->ModeKey & BlockKey.Ac) != 0 ? 0x2000U : 0;
+        tag |= (cpu->ModeKey & BlockKey.Ac) != 0 ? (uint)AcTag : 0;
         return (ushort)tag;
     }
 

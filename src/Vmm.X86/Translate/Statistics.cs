@@ -75,6 +75,15 @@ internal static unsafe class Statistics
             new("address-space-switches", cpu->SpaceSwitches),
             new("code-arena-resets", cpu->Blocks.Clears),
             new("dispatches", vcpu.Dispatches),
+            new("exits-direct", vcpu.Leavings[(int)ExitKindOfCode.Direct]),
+            new("exits-stale", vcpu.Leavings[(int)ExitKindOfCode.Stale]),
+            new("exits-indirect", vcpu.Leavings[(int)ExitKindOfCode.Indirect]),
+            new("exits-poll", vcpu.Leavings[(int)ExitKindOfCode.Poll]),
+            new("exits-far", vcpu.Leavings[(int)ExitKindOfCode.Far]),
+            new("exits-handler", vcpu.Leavings[SoftVcpu.ReasonHandler]),
+            new("exits-interpret", vcpu.Leavings[SoftVcpu.ReasonInterpret]),
+            new("blocks-interpreted", vcpu.Interpreted),
+            new("blocks-interpreted-crossing", vcpu.InterpretedCrossing),
             new("handler-calls", TotalCalls(cpu)),
         ];
     }

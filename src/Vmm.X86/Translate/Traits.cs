@@ -33,6 +33,12 @@ internal enum InsnKind : byte
     Swapgs,
     Rdtsc,
     Rdpid,
+    Rdpkru,
+    Direction,
+    MoveFromControl,
+    String,
+    BitString,
+    PopMemory,
     Div,
     Idiv,
     Push,
@@ -47,6 +53,7 @@ internal enum InsnKind : byte
     Ret,
     Syscall,
     Sysret,
+    Ac,
 }
 
 /// <summary>What the translator knows of an Iced code.</summary>
@@ -113,6 +120,9 @@ internal sealed unsafe class TraitsTable
             traits.Reads = (byte)((byte)instruction.RflagsRead & AllFlags);
             traits.Reads = traits.Kind is InsnKind.Pushf or InsnKind.Syscall ? AllFlags : traits.Reads;
             traits.Writes = (byte)((byte)instruction.RflagsModified & AllFlags);
+
+            // Undefined by the book (SDM 2B, MOV), unchanged by processors and by the interpreter.
+            traits.Writes = traits.Kind == InsnKind.MoveFromControl ? (byte)0 : traits.Writes;
         }
 
         return traits;
@@ -211,6 +221,21 @@ internal sealed unsafe class TraitsTable
             case Code.Rdtsc:
             case Code.Rdtscp:
                 return InsnKind.Rdtsc;
+            case Code.Rdpkru:
+                return InsnKind.Rdpkru;
+            case Code.Cld:
+            case Code.Std:
+                return InsnKind.Direction;
+            case Code.Stac:
+            case Code.Clac:
+                return InsnKind.Ac;
+            case Code.Mov_r64_cr:
+                return InsnKind.MoveFromControl;
+            case Code.Movsb_m8_m8 or Code.Movsw_m16_m16 or Code.Movsd_m32_m32 or Code.Movsq_m64_m64
+                or Code.Stosb_m8_AL or Code.Stosw_m16_AX or Code.Stosd_m32_EAX or Code.Stosq_m64_RAX:
+                return InsnKind.String;
+            case Code.Pop_rm64 when instruction.Op0Kind == OpKind.Memory:
+                return InsnKind.PopMemory;
             case Code.Syscall:
                 return InsnKind.Syscall;
             case Code.Sysretq:
@@ -278,7 +303,7 @@ internal sealed unsafe class TraitsTable
             case Mnemonic.Btc:
                 // A register bit number reaches beyond the operand in memory.
                 return instruction.Op0Kind == OpKind.Memory && instruction.Op1Kind == OpKind.Register
-                    ? InsnKind.Handler
+                    ? InsnKind.BitString
                     : InsnKind.Pass;
             case Mnemonic.Add or Mnemonic.Or or Mnemonic.Adc or Mnemonic.Sbb or Mnemonic.And or Mnemonic.Sub
                 or Mnemonic.Xor or Mnemonic.Cmp or Mnemonic.Test or Mnemonic.Inc or Mnemonic.Dec or Mnemonic.Neg
@@ -291,7 +316,8 @@ internal sealed unsafe class TraitsTable
                 or Mnemonic.Cmc or Mnemonic.Movbe or Mnemonic.Andn or Mnemonic.Bextr or Mnemonic.Blsi or Mnemonic.Blsr
                 or Mnemonic.Blsmsk or Mnemonic.Bzhi or Mnemonic.Mulx or Mnemonic.Pdep or Mnemonic.Pext or Mnemonic.Rorx
                 or Mnemonic.Sarx or Mnemonic.Shlx or Mnemonic.Shrx or Mnemonic.Adcx or Mnemonic.Adox or Mnemonic.Crc32
-                or Mnemonic.Movnti or Mnemonic.Lfence or Mnemonic.Sfence or Mnemonic.Mfence:
+                or Mnemonic.Movnti or Mnemonic.Lfence or Mnemonic.Sfence or Mnemonic.Mfence or Mnemonic.Cmpxchg16b
+                or Mnemonic.Cmpxchg8b:
                 return InsnKind.Pass;
             default:
                 break;

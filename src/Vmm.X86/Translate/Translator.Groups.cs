@@ -239,7 +239,7 @@ internal sealed unsafe partial class Translator
         Register index = instruction.MemoryIndex;
         bool isVector = traits.Kind == InsnKind.Vector;
         if (memory < 0 || SegmentOf(instruction) >= 0 || instruction.HasLockPrefix ||
-            instruction.Mnemonic == Mnemonic.Xchg || (isVector && traits.Alignment > 1) ||
+            instruction.Mnemonic is Mnemonic.Xchg or Mnemonic.Cmpxchg16b || (isVector && traits.Alignment > 1) ||
             (start == Register.None && index == Register.None) || start == Register.EIP ||
             (start != Register.None && start != Register.RIP && start.GetSize() != 8) ||
             (index != Register.None && index.GetSize() != 8) || SpilledOperands(instruction) > 1)

@@ -59,6 +59,27 @@ internal sealed unsafe partial class Translator
             case InsnKind.Swapgs:
                 EmitSwapgs();
                 break;
+            case InsnKind.Rdpkru:
+                EmitRdpkru();
+                break;
+            case InsnKind.Direction:
+                EmitDirection(instruction);
+                break;
+            case InsnKind.MoveFromControl:
+                EmitMoveFromControl(instruction);
+                break;
+            case InsnKind.String:
+                EmitString(instruction);
+                break;
+            case InsnKind.BitString:
+                OrHandler(Mark(), TryBitString(instruction));
+                break;
+            case InsnKind.PopMemory:
+                OrHandler(Mark(), TryPopMemory(instruction));
+                break;
+            case InsnKind.Ac:
+                EmitAc(instruction.Mnemonic == Mnemonic.Stac);
+                break;
             case InsnKind.Syscall:
                 EmitSyscall();
                 break;
@@ -263,7 +284,7 @@ internal sealed unsafe partial class Translator
             int access = (traits.Access >> (2 * memory)) & 3;
             bool isVector = traits.Kind == InsnKind.Vector;
             int size = isVector ? traits.MemoryBytes : original.MemorySize.GetSize();
-            bool locks = original.HasLockPrefix || original.Mnemonic == Mnemonic.Xchg;
+            bool locks = original.HasLockPrefix || original.Mnemonic is Mnemonic.Xchg or Mnemonic.Cmpxchg16b;
             if (size is 0 or > 32 || access == 0)
             {
                 return false;

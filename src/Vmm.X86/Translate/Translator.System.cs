@@ -3,8 +3,9 @@ using Iced.Intel;
 
 namespace Vmm.X86;
 
-// The few system instructions that kernels execute all the time: PUSHFQ, CLI, STI (local_irq_save and friends) and MOV
-// from a segment register. They are in line at level 0 and in the frequent case; otherwise the handler decides.
+// The system instructions that kernels execute all the time: PUSHFQ, CLI, STI (local_irq_save and friends), SYSCALL,
+// SYSRET and SWAPGS, STAC and CLAC around copies from and to users, the time stamp counter, reads of control registers.
+// They are in line in the frequent case; otherwise the handler decides.
 internal sealed unsafe partial class Translator
 {
     private void EmitPushf()
@@ -201,6 +202,97 @@ internal sealed unsafe partial class Translator
         {
             _e.Load32(Host.Rcx, HostMemory.Context(Offsets.TscAux));
         }
+    }
+
+    private void EmitRdpkru()
+    {
+        FreeFlags();
+        _e.Load32(Host.T0, HostMemory.Context(Offsets.Cr4));
+        _e.TestImmediate32(Host.T0, (int)Cr4.Pke);
+        SlowJump(_e.JumpIf(HostCondition.Equal));
+        _e.Test32(Host.Rcx, Host.Rcx);
+        SlowJump(_e.JumpIf(HostCondition.NotEqual));
+        _e.Load32(Host.Rax, HostMemory.Context(Offsets.Pkru));
+        _e.MoveImmediate(Host.Rdx, 0);
+    }
+
+    // CLD and STD. The host's direction flag stays clear.
+    private void EmitDirection(in Instruction instruction)
+    {
+        FreeFlags();
+        if (instruction.Code == Code.Cld)
+        {
+            _e.AluImmediate32(AluOp.And, HostMemory.Context(Offsets.RflagsSystem), ~(int)Rflags.Df);
+        }
+        else
+        {
+            _e.AluImmediate32(AluOp.Or, HostMemory.Context(Offsets.RflagsSystem), (int)Rflags.Df);
+        }
+    }
+
+    private void EmitMoveFromControl(in Instruction instruction)
+    {
+        int offset = instruction.Op1Register switch
+        {
+            Register.CR0 => Offsets.Cr0,
+            Register.CR2 => Offsets.Cr2,
+            Register.CR3 => Offsets.Cr3,
+            Register.CR4 => Offsets.Cr4,
+            _ => 0,
+        };
+        if ((_block->Key & BlockKey.User) != 0 || offset == 0)
+        {
+            CallHandler();
+            return;
+        }
+
+        int number = Number(instruction.Op0Register);
+        int host = IsSpilled(number) ? Host.T0 : HostOf(number);
+        FreeFlags();
+        _e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.Cpl), 0);
+        SlowJump(_e.JumpIf(HostCondition.NotEqual));
+        _e.Load(host, HostMemory.Context(offset));
+        if (IsSpilled(number))
+        {
+            _e.Store(Slot(number), host);
+        }
+    }
+
+    // STAC and CLAC choose between the two TLBs of the supervisor, and so between blocks. Where the block's own key says
+    // that the flag is right already (CLAC at the kernel's entries), only the level is looked at. They end blocks.
+    private void EmitAc(bool isSet)
+    {
+        if ((_block->Key & BlockKey.User) != 0)
+        {
+            CallHandler();
+            return;
+        }
+
+        FreeFlagsForExit();
+        _e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.Cpl), 0);
+        SlowJump(_e.JumpIf(HostCondition.NotEqual));
+        if (isSet == ((_block->Key & BlockKey.Ac) != 0))
+        {
+            ExitTo(EndOffset);
+            return;
+        }
+
+        MmuMode mode = isSet ? MmuMode.SupervisorAc : MmuMode.Supervisor;
+        _e.AluImmediate32(
+            isSet ? AluOp.Or : AluOp.And,
+            HostMemory.Context(Offsets.RflagsSystem),
+            isSet ? (int)Rflags.Ac : ~(int)Rflags.Ac);
+        _e.MoveImmediate64(Host.T0, (ulong)(_cpu->Tlbs + ((int)mode * TlbEntry.Count)));
+        _e.Store(HostMemory.Context(Offsets.Tlb), Host.T0);
+        _e.Load(Host.T0, HostMemory.Context(isSet ? Offsets.SpaceAsid : Offsets.GlobalAsid));
+        _e.Store(HostMemory.Context(Offsets.TlbAsid), Host.T0);
+        _e.StoreImmediate32(HostMemory.Context(Offsets.ModeKey), (int)(_block->Key ^ BlockKey.Ac));
+        _e.LoadWord(Host.T0, HostMemory.Context(Offsets.BranchTag));
+        _e.AluImmediate(AluOp.Xor, Host.T0, SoftVcpu.AcTag, wide: false);
+        _e.StoreWord(HostMemory.Context(Offsets.BranchTag), Host.T0);
+        _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
+        _e.Lea(Host.T0, new HostMemory(Host.T0, EndOffset + PageOffset));
+        EmitBranchProbe(-1, 0);
     }
 
     private void EmitRdpid(in Instruction instruction)

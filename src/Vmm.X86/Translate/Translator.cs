@@ -211,7 +211,7 @@ internal sealed unsafe partial class Translator
             case InsnKind.Jmp or InsnKind.Call:
                 return FlagsAt((long)last.NearBranchTarget);
             case InsnKind.CallIndirect or InsnKind.JmpIndirect or InsnKind.Ret or InsnKind.Handler
-                or InsnKind.Syscall or InsnKind.Sysret:
+                or InsnKind.Syscall or InsnKind.Sysret or InsnKind.Ac:
                 return All;
             default:
                 return FlagsAt(end);
