@@ -44,6 +44,14 @@ public sealed class LockStepTests
     [InlineData(18)]
     [InlineData(19)]
     [InlineData(20)]
+    [InlineData(1021)]
+    [InlineData(1022)]
+    [InlineData(1023)]
+    [InlineData(1024)]
+    [InlineData(1025)]
+    [InlineData(1026)]
+    [InlineData(1027)]
+    [InlineData(1028)]
     public void TranslatedProgram_AtEachStop_IsWhereTheInterpreterIs(int seed)
     {
         using TestVm translated = Make(seed, translateAfter: 1);
@@ -53,7 +61,11 @@ public sealed class LockStepTests
         int stops = 0;
         while (true)
         {
-            translated.Cpu.InstructionsRetired.Should().Be(interpreted.Cpu.InstructionsRetired, "stop {0}", stops);
+            if (Counts(seed))
+            {
+                translated.Cpu.InstructionsRetired.Should().Be(interpreted.Cpu.InstructionsRetired, "stop {0}", stops);
+            }
+
             translated.State.Gpr.Should().Equal(interpreted.State.Gpr, "stop {0}", stops);
             translated.State.Rip.Should().Be(interpreted.State.Rip);
             translated.State.Rflags.Should().Be(interpreted.State.Rflags);
@@ -74,9 +86,12 @@ public sealed class LockStepTests
         translated.MarginsAreIntact.Should().BeTrue();
     }
 
+    // Blocks are translated one by one when they count, and in traces when they do not.
+    private static bool Counts(int seed) => seed < 1000;
+
     private static TestVm Make(int seed, int translateAfter)
     {
-        var vm = new TestVm(translateAfter: translateAfter, countInstructions: true);
+        var vm = new TestVm(translateAfter: translateAfter, countInstructions: Counts(seed));
         vm.Ports.Map(Port, new KickPort(vm));
         // Odd seeds at level 3 (with IOPL 3), where operands have sites; even ones at level 0, where the TLB is asked.
         vm.EnterLong((seed & 1) != 0 ? 3 : 0);
