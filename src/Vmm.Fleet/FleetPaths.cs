@@ -17,6 +17,9 @@ public sealed record FleetPaths(string Definitions, string Run, string State)
     // struct sockaddr_un: 108 bytes on Linux and illumos, 104 on FreeBSD, with the zero.
     private const int MaxSocketPath = 103;
 
+    private const string Elsewhere =
+        "--run-dir and --state-dir, or VMM_RUN_DIR and VMM_STATE_DIR in the environment, name other places";
+
     /// <summary>Socket of the daemon's HTTP interface.</summary>
     public string DaemonSocket => Path.Combine(Run, "vmmd.sock");
 
@@ -74,7 +77,20 @@ public sealed record FleetPaths(string Definitions, string Run, string State)
     public static void MakePrivate(string directory)
     {
         const UnixFileMode Owner = UnixFileMode.UserRead | UnixFileMode.UserWrite | UnixFileMode.UserExecute;
-        Directory.CreateDirectory(directory, Owner);
+        try
+        {
+            Directory.CreateDirectory(directory, Owner);
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException)
+        {
+            string reason = failure.Message.ReplaceLineEndings(" ").TrimEnd('.');
+            throw new IOException($"{directory} cannot be made: {reason}; {Elsewhere}", failure);
+        }
+
+        if (HostFiles.FindForeign(Path.GetFullPath(directory)) is { } foreign)
+        {
+            throw new IOException($"{foreign} belongs to another user, who could take this one's place; {Elsewhere}");
+        }
     }
 
     /// <summary>Checks that a path fits into a socket address.</summary>

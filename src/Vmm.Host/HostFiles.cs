@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using System.Text;
 using Microsoft.Win32.SafeHandles;
 using Mono.Unix;
 using Vmm.Host.Native;
@@ -32,6 +33,41 @@ public static class HostFiles
         if (file.IsInvalid || LibC.fchown(number, user, group) != 0 || LibC.fchmod(number, mode) != 0)
         {
             throw HostException.Last(path);
+        }
+    }
+
+    /// <summary>
+    /// Looks for what another user may have put in our way: on the way to a path, a name in a directory that everybody may
+    /// write to (/tmp) which belongs neither to this user nor to root. Its owner could swap what lies below.
+    /// </summary>
+    /// <param name="path">An absolute path; it may be missing.</param>
+    /// <returns>The directory or link, or null. Always null for root, who may work in other users' directories.</returns>
+    public static string? FindForeign(string path) => HostProcess.IsRoot ? null : FindForeign(path, LibC.geteuid());
+
+    internal static string? FindForeign(string path, uint user)
+    {
+        for (string at = path; System.IO.Path.GetDirectoryName(at) is { } above; at = above)
+        {
+            if (TryGetOwner(at, out uint owner) && owner != user && owner != 0
+                && (System.IO.File.GetUnixFileMode(above) & System.IO.UnixFileMode.OtherWrite) != 0)
+            {
+                return at;
+            }
+        }
+
+        return null;
+    }
+
+    // Of a link, not of what it leads to.
+    private static unsafe bool TryGetOwner(string path, out uint owner)
+    {
+        byte* raw = stackalloc byte[FileLayout.StatBytes];
+        fixed (byte* name = Encoding.UTF8.GetBytes(path + '\0'))
+        {
+            // SAFETY: the name is NUL-terminated and the buffer larger than struct stat of the three systems.
+            bool known = LibC.fstatat(-1, name, raw, FileLayout.Current.NoFollow) == 0;
+            owner = known ? FileLayout.Current.ReadStat(new ReadOnlySpan<byte>(raw, FileLayout.StatBytes)).Uid : 0;
+            return known;
         }
     }
 
