@@ -100,13 +100,21 @@ internal static class RunCommand
             ReportStatistics = reportStatistics,
             PerfMap = withPerfMap ? $"/tmp/perf-{Environment.ProcessId}.map" : null,
         };
-        int status = session.Run(terminal, reportDriver);
-        if (terminal.IsTerminal)
+        try
         {
-            context.Error.WriteLine();
-        }
+            int status = session.Run(terminal, reportDriver);
+            if (terminal.IsTerminal)
+            {
+                context.Error.WriteLine();
+            }
 
-        return status;
+            return status;
+        }
+        catch (Exception failure) when (failure is IOException or UnauthorizedAccessException or HostException)
+        {
+            // 1, what other commands end with, would say here that the guest powered off.
+            throw new CommandException(ExitStatus.InternalError, $"{spec.Name}: {failure.Message.ReplaceLineEndings(" ")}");
+        }
     }
 
     private static string[] ParseAccel(string list)
