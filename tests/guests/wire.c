@@ -11,6 +11,7 @@
  *	wire quit ADDRESS		end the server
  *	wire files DIRECTORY		calls of POSIX on files in there
  *	wire eat MEGABYTES FILE		touch memory, wait for FILE, let go
+ *	wire hold FILE...		keep files in the page cache until killed
  *	wire disk DEVICE read|write random|seq SIZE DEPTH SECONDS
  *	wire stamp DEVICE NAME ROUND	write rounds of blocks, flush each, tell
  *	wire stamped DEVICE ROUND	what rounds 1 to ROUND wrote is there
@@ -568,6 +569,29 @@ eat(size_t megabytes, const char *file)
 	return (0);
 }
 
+/*
+ * A host that is itself a guest may lose its page cache at any time, and then
+ * one monitor is measured with the cache and the next one with the disk.
+ */
+static void
+hold(char **files)
+{
+	for (; *files != NULL; files++) {
+		struct stat st;
+		int fd = open(*files, O_RDONLY);
+		void *at;
+
+		need(fd >= 0 && fstat(fd, &st) == 0, *files);
+		at = mmap(NULL, (size_t)st.st_size, PROT_READ,
+		    MAP_SHARED | MAP_POPULATE, fd, 0);
+		need(at != MAP_FAILED, "mmap");
+		if (mlock(at, (size_t)st.st_size) != 0)
+			perror("wire: mlock");
+	}
+	for (;;)
+		pause();
+}
+
 /* Keeps DEPTH requests under way past the page cache. */
 static int
 disk(char **a)
@@ -744,6 +768,8 @@ main(int argc, char **argv)
 		return (files(argv[2]));
 	if (argc == 4 && strcmp(verb, "eat") == 0)
 		return (eat((size_t)atol(argv[2]), argv[3]));
+	if (argc >= 3 && strcmp(verb, "hold") == 0)
+		hold(argv + 2);
 	if (argc == 8 && strcmp(verb, "disk") == 0)
 		return (disk(argv + 2));
 	if (argc == 5 && strcmp(verb, "stamp") == 0)
