@@ -69,7 +69,7 @@ public abstract class BlockRequest
     /// The device takes a completion inside Submit, too, and while another thread completes another request: a back end may
     /// then answer at once what needs no waiting.
     /// </summary>
-    public bool MayCompleteInline { get; init; }
+    public bool MayCompleteInline { get; set; }
 
     /// <summary>Guest RAM pieces; the first <see cref="SliceCount"/> are valid.</summary>
     public GuestSlice[] Slices { get; set; } = [];

@@ -299,21 +299,19 @@ internal struct AhciSubmission
         _first = transfer;
     }
 
-    public readonly void Start()
+    public void Start()
     {
-        AhciTransfer? transfer = _first;
-        while (transfer is not null)
+        while (_first is { } transfer)
         {
-            AhciTransfer? next = transfer.Next;
+            _first = transfer.Next;
             transfer.Next = null;
-            transfer.Start();
-            transfer = next;
+            transfer.Start(ref this);
         }
     }
 }
 
 /// <summary>A command slot's request.</summary>
-internal sealed class AhciTransfer : BlockRequest
+internal sealed class AhciTransfer : StorageRequest
 {
     private readonly AhciPort _port;
 
@@ -339,19 +337,21 @@ internal sealed class AhciTransfer : BlockRequest
 
     public IBlockBackend? Backend { get; set; }
 
-    public void Start()
+    /// <summary>Submits it; what its answer starts, if that comes at once, is added to the rest.</summary>
+    public void Start(ref AhciSubmission submit)
     {
-        if (Backend is { } backend)
+        if (SubmitTo(Backend, out BlockStatus status))
         {
-            backend.Submit(this);
-        }
-        else
-        {
-            Complete(BlockStatus.IoError);
+            _port.Take(this, status, ref submit);
         }
     }
 
-    public override void Complete(BlockStatus status) => _port.OnComplete(this, status);
+    protected override void OnAnswer(BlockStatus status)
+    {
+        AhciSubmission submit = default;
+        _port.Take(this, status, ref submit);
+        submit.Start();
+    }
 }
 
 /// <summary>One port of an AHCI controller. Everything under the controller's gate.</summary>
@@ -569,9 +569,8 @@ internal sealed class AhciPort
         }
     }
 
-    public void OnComplete(AhciTransfer transfer, BlockStatus status)
+    public void Take(AhciTransfer transfer, BlockStatus status, ref AhciSubmission submit)
     {
-        AhciSubmission submit = default;
         lock (_owner.Gate)
         {
             if (transfer.Operation == BlockOperation.Read)
@@ -598,8 +597,6 @@ internal sealed class AhciPort
 
             Settle(ref submit);
         }
-
-        submit.Start();
     }
 
     private uint ReadCommand()

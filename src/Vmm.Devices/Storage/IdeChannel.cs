@@ -907,9 +907,9 @@ internal sealed class IdeChannel
         }
     }
 
-    private void OnComplete(Transfer transfer, BlockStatus status)
+    // The request that follows, to be started by the caller.
+    private Transfer? Take(Transfer transfer, BlockStatus status)
     {
-        Transfer? submit = null;
         lock (_gate)
         {
             if (transfer.List is { } list && transfer.Operation == BlockOperation.Read)
@@ -920,7 +920,7 @@ internal sealed class IdeChannel
             transfer.IsUsed = false;
             if (transfer.IsAbandoned)
             {
-                return;
+                return null;
             }
 
             if (_pending != Pending.None)
@@ -930,22 +930,20 @@ internal sealed class IdeChannel
                 _isStopping = false;
                 _bmStatus &= unchecked((byte)~BusMasterActive);
                 ResetWhenIdle(kind);
+                return null;
             }
-            else if (_isStopping)
+
+            if (_isStopping)
             {
                 _isStopping = false;
                 _state = State.DmaWait;
                 bool isStarted = (_bmCommand & BusMasterStart) != 0;
                 _bmStatus &= isStarted ? (byte)0xFF : unchecked((byte)~BusMasterActive);
-                submit = isStarted ? StartDma() : null;
+                return isStarted ? StartDma() : null;
             }
-            else
-            {
-                submit = Advance(transfer, status);
-            }
-        }
 
-        submit?.Start();
+            return Advance(transfer, status);
+        }
     }
 
     private Transfer? Advance(Transfer transfer, BlockStatus status)
@@ -1019,7 +1017,7 @@ internal sealed class IdeChannel
         }
     }
 
-    private sealed class Transfer : BlockRequest
+    private sealed class Transfer : StorageRequest
     {
         private readonly IdeChannel _owner;
 
@@ -1035,20 +1033,16 @@ internal sealed class IdeChannel
 
         public IBlockBackend? Backend { get; set; }
 
+        /// <summary>Submits it, and what follows, as long as the answers come at once.</summary>
         public void Start()
         {
-            if (Backend is { } backend)
+            for (Transfer? transfer = this; transfer is not null;)
             {
-                backend.Submit(this);
-            }
-            else
-            {
-                // The medium is gone.
-                Complete(BlockStatus.IoError);
+                transfer = transfer.SubmitTo(transfer.Backend, out BlockStatus status) ? _owner.Take(transfer, status) : null;
             }
         }
 
-        public override void Complete(BlockStatus status) => _owner.OnComplete(this, status);
+        protected override void OnAnswer(BlockStatus status) => _owner.Take(this, status)?.Start();
     }
 
     private sealed class CommandWindow : IRegisterWindow

@@ -1248,6 +1248,12 @@ public sealed class Nvme : PciFunction
     private void OnComplete(Transfer transfer, BlockStatus status)
     {
         Transfer? submit = null;
+        Take(transfer, status, ref submit);
+        Start(submit);
+    }
+
+    private void Take(Transfer transfer, BlockStatus status, ref Transfer? submit)
+    {
         lock (_gate)
         {
             if (transfer.Operation == BlockOperation.Read)
@@ -1262,6 +1268,7 @@ public sealed class Nvme : PciFunction
 
             if (status == BlockStatus.Ok && transfer.Operation == BlockOperation.Discard && NextRange(transfer))
             {
+                transfer.Next = submit;
                 submit = transfer;
             }
             else
@@ -1269,8 +1276,6 @@ public sealed class Nvme : PciFunction
                 End(transfer, status, ref submit);
             }
         }
-
-        Start(submit);
     }
 
     private void End(Transfer transfer, BlockStatus status, ref Transfer? submit)
@@ -1335,22 +1340,25 @@ public sealed class Nvme : PciFunction
 
     private static void Start(Transfer? submit)
     {
-        // Collected newest first; the back end gets them in the guest's order.
-        Transfer? ordered = null;
         while (submit is not null)
         {
-            Transfer? next = submit.Next;
-            submit.Next = ordered;
-            ordered = submit;
-            submit = next;
-        }
+            // Collected newest first; the back end gets them in the guest's order.
+            Transfer? ordered = null;
+            while (submit is not null)
+            {
+                Transfer? next = submit.Next;
+                submit.Next = ordered;
+                ordered = submit;
+                submit = next;
+            }
 
-        while (ordered is not null)
-        {
-            Transfer? next = ordered.Next;
-            ordered.Next = null;
-            ordered.Start();
-            ordered = next;
+            while (ordered is not null)
+            {
+                Transfer? next = ordered.Next;
+                ordered.Next = null;
+                ordered.Start(ref submit);
+                ordered = next;
+            }
         }
     }
 
@@ -1414,7 +1422,7 @@ public sealed class Nvme : PciFunction
         public bool Phase { get; set; } = true;
     }
 
-    private sealed class Transfer : BlockRequest
+    private sealed class Transfer : StorageRequest
     {
         private readonly Nvme _owner;
 
@@ -1437,9 +1445,16 @@ public sealed class Nvme : PciFunction
         /// <summary>Nothing to ask of the back end.</summary>
         public bool IsNothing { get; set; }
 
-        public void Start() => _owner._backend.Submit(this);
+        /// <summary>Submits it; what its answer starts, if that comes at once, is added to the list.</summary>
+        public void Start(ref Transfer? submit)
+        {
+            if (SubmitTo(_owner._backend, out BlockStatus status))
+            {
+                _owner.Take(this, status, ref submit);
+            }
+        }
 
-        public override void Complete(BlockStatus status) => _owner.OnComplete(this, status);
+        protected override void OnAnswer(BlockStatus status) => _owner.OnComplete(this, status);
     }
 
     private sealed class Window : IRegisterWindow

@@ -120,6 +120,22 @@ public sealed class AhciTests
     }
 
     [Fact]
+    public void QueuedCommands_AnsweredAtOnce_AreDoneWhenTheRegisterIsWritten()
+    {
+        _rig.Disk.AnswersAtOnce = true;
+        _rig.Start(0);
+        for (int tag = 0; tag < 32; tag++)
+        {
+            _rig.IssueQueued(0, tag, 0x60, 10 * tag, 2, 0x20000 + (tag * 1024));
+            _rig.Port(0, 0x34).Should().Be(0);
+            _rig.Ram.Bytes.Slice(0x20000 + (tag * 1024), 1024).SequenceEqual(_rig.Disk.Bytes.AsSpan(5120 * tag, 1024))
+                .Should().BeTrue();
+        }
+
+        _rig.Disk.MaxDepth.Should().Be(1);
+    }
+
+    [Fact]
     public void QueuedWrite_WithFua_IsForced()
     {
         _rig.Start(0);

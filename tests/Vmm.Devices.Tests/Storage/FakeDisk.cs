@@ -10,6 +10,7 @@ namespace Vmm.Devices.Tests.Storage;
 internal sealed class FakeDisk : IBlockBackend
 {
     private readonly Queue<BlockRequest> _queue = new();
+    private int _depth;
 
     public FakeDisk(int lengthBytes) => Bytes = new byte[lengthBytes];
 
@@ -21,6 +22,12 @@ internal sealed class FakeDisk : IBlockBackend
     public BlockStatus NextStatus { get; set; }
 
     public int Waiting => _queue.Count;
+
+    /// <summary>Answers inside Submit what may be answered there.</summary>
+    public bool AnswersAtOnce { get; set; }
+
+    /// <summary>How deep calls of Submit were in each other at the most.</summary>
+    public int MaxDepth { get; private set; }
 
     public long LengthBytes => Bytes.Length;
 
@@ -44,6 +51,14 @@ internal sealed class FakeDisk : IBlockBackend
         lock (_queue)
         {
             _queue.Enqueue(request);
+        }
+
+        if (AnswersAtOnce && request.MayCompleteInline)
+        {
+            _depth++;
+            MaxDepth = Math.Max(MaxDepth, _depth);
+            _ = Step();
+            _depth--;
         }
     }
 

@@ -216,6 +216,26 @@ public sealed class IdeTests
     }
 
     [Fact]
+    public void DmaRead_AnsweredAtOnce_IsDoneWhenTheEngineHasBeenStarted()
+    {
+        _rig.Disk.AnswersAtOnce = true;
+        _rig.Prd((0x20000, 0x4000));
+        for (int round = 0; round < 100; round++)
+        {
+            _rig.Address48(round * 32, 32);
+            _rig.Out(7, 0x25);
+            _rig.BusMaster(0, 9);
+            _rig.BusMasterStatus().Should().Be(4);
+            _rig.In(7).Should().Be(Ready);
+            _rig.BusMaster(0, 0);
+            _rig.BusMaster(2, 4);
+            _rig.Ram.Bytes.Slice(0x20000, 0x4000).SequenceEqual(_rig.Disk.Bytes.AsSpan(round * 32 * 512, 0x4000)).Should().BeTrue();
+        }
+
+        _rig.Disk.MaxDepth.Should().Be(1);
+    }
+
+    [Fact]
     public void DmaWrite_StartedBeforeTheCommand_WorksToo()
     {
         new Random(9).NextBytes(_rig.Ram.Bytes[0x20000..0x22000]);

@@ -109,6 +109,38 @@ public sealed class NvmeTests
     }
 
     [Fact]
+    public void Commands_AnsweredAtOnce_AreDoneWhenTheDoorbellHasBeenRung()
+    {
+        _rig.Disk.AnswersAtOnce = true;
+        _rig.MakeQueues();
+        for (int round = 0; round < 100; round++)
+        {
+            ushort id = _rig.Io(0x02, 0x40000, 0, first: round * 8, blocks: 8);
+            _rig.Completion(1).Should().Be((id, 0U, 0U));
+            _rig.Ram.Bytes.Slice(0x40000, 4096).SequenceEqual(_rig.Disk.Bytes.AsSpan(round * 4096, 4096)).Should().BeTrue();
+        }
+
+        _rig.Disk.MaxDepth.Should().Be(1);
+    }
+
+    [Fact]
+    public void TrimOfManyRanges_AnsweredAtOnce_IsALoop()
+    {
+        _rig.Disk.AnswersAtOnce = true;
+        _rig.MakeQueues();
+        for (ulong range = 0; range < 256; range++)
+        {
+            _rig.Ram.WriteNumber(0x41004 + (range * 16), 4, 1);
+            _rig.Ram.WriteNumber(0x41008 + (range * 16), 8, range * 2);
+        }
+
+        _rig.Command(1, 0x09, 0x41000, 0, 1, dword10: 255, dword11: 4);
+        _rig.Completion(1).Status.Should().Be(0);
+        _rig.Disk.Log.Should().HaveCount(256);
+        _rig.Disk.MaxDepth.Should().Be(1);
+    }
+
+    [Fact]
     public void WriteCacheOff_ForcesWrites()
     {
         // §5.21.1.6
