@@ -103,6 +103,66 @@ public sealed class GroupTests
         vm.Cpu.Translator!.Groups.Should().BePositive();
     }
 
+    // Two arrays, indexed by a 32-bit counter that is extended in each round, up to where it overflows.
+    [Theory]
+    [InlineData(true, 0x7FFFFFE0U, 60)]
+    [InlineData(false, 0xFFFFFFE0U, 60)]
+    [InlineData(true, 0x7FFFFE00U, 250)]
+    [InlineData(false, 0xFFFFFE00U, 250)]
+    [InlineData(true, 0U, 500)]
+    [InlineData(false, 0U, 500)]
+    [InlineData(true, 0xFFFFFFF0U, 500)]
+    public void ExtendedCounter_ThatOverflows_ReachesWhatItReachesAlone(bool isSigned, uint first, int rounds)
+    {
+        using var interpreted = new TestVm(translateAfter: 0);
+        using var translated = new TestVm(translateAfter: 2);
+        foreach (TestVm vm in new[] { interpreted, translated })
+        {
+            vm.EnterLong(3);
+            Scatter(vm, new Random(3), 0);
+            ulong start = isSigned ? (ulong)(int)first : first;
+            vm.State.Gpr[7] = Window + 0x4F80 - start;
+            vm.State.Gpr[6] = Window + 0x8100 - start;
+            vm.Assemble(TestVm.CodeAt, 64, a =>
+            {
+                var outer = a.CreateLabel();
+                var loop = a.CreateLabel();
+                a.mov(r13d, 5);
+                a.Label(ref outer);
+                a.mov(eax, first);
+                a.Label(ref loop);
+                if (isSigned)
+                {
+                    a.movsxd(rcx, eax);
+                }
+                else
+                {
+                    a.mov(ecx, eax);
+                }
+
+                a.add(eax, 1);
+                a.movzx(edx, __byte_ptr[rdi + rcx]);
+                a.add(edx, 1);
+                a.mov(__byte_ptr[rsi + rcx], dl);
+                a.cmp(eax, unchecked((int)(first + (uint)rounds)));
+                a.jne(loop);
+                a.dec(r13d);
+                a.jne(outer);
+                a.hlt();
+            });
+        }
+
+        interpreted.Run().Should().Be(ExitKind.Halted);
+        translated.Run().Should().Be(ExitKind.Halted);
+        MaskFlags(interpreted, KernelStack - 24);
+        MaskFlags(translated, KernelStack - 24);
+        translated.State.Rip.Should().Be(interpreted.State.Rip);
+        translated.State.Cr2.Should().Be(interpreted.State.Cr2);
+        translated.State.Gpr.Should().Equal(interpreted.State.Gpr);
+        translated.Memory.SequenceEqual(interpreted.Memory).Should().BeTrue();
+        translated.Cpu.Translator!.Groups.Should().BePositive();
+    }
+
     // Operands that stay across two pages which are apart: the group's check can never pass.
     [Fact]
     public void Group_AcrossScatteredPages_NeedsNoHandlers()
@@ -210,11 +270,18 @@ public sealed class GroupTests
 
         a.Label(ref loop);
         int length = random.Next(4, 26);
+        int changes = random.Next(2, 8);
+        a.mov(edi, 3);
         for (int i = 0; i < length; i++)
         {
-            if (random.Next(6) == 0)
+            if (random.Next(changes) == 0)
             {
-                start = random.Next(3) == 0 ? rsp : rbx;
+                start = random.Next(4) switch
+                {
+                    0 => rsp,
+                    1 => rbp,
+                    _ => rbx,
+                };
             }
 
             int displacement = random.Next(-40, 40);
@@ -280,7 +347,7 @@ public sealed class GroupTests
     private static void One(
         Assembler a, Random random, in AssemblerMemoryOperand at, AssemblerRegister64 data, AssemblerRegister64 start, ref int depth)
     {
-        switch (random.Next(26))
+        switch (random.Next(31))
         {
             case 0 or 1 or 2:
                 a.mov(at, data);
@@ -321,7 +388,7 @@ public sealed class GroupTests
                 depth--;
                 break;
             case 20:
-                a.lea(rdi, __[rsp + 16]);
+                a.lea(rdx, __[rsp + 16]);
                 break;
             case 21:
                 a.movups(xmm3, at);
@@ -332,6 +399,18 @@ public sealed class GroupTests
             case 23:
                 a.push(0x1234);
                 depth++;
+                break;
+            case 25:
+                a.movsxd(r9, edi);
+                break;
+            case 26:
+                a.mov(r9d, edi);
+                break;
+            case 27 or 28:
+                a.add(edi, 1);
+                break;
+            case 29:
+                a.dec(edi);
                 break;
             case 24:
                 a.sbb(data, s_data[random.Next(s_data.Length)]);

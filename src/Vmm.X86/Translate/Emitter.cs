@@ -103,6 +103,7 @@ internal static class HostCondition
     public const int NotEqual = 5;
     public const int BelowOrEqual = 6;
     public const int Above = 7;
+    public const int Greater = 15;
 }
 
 /// <summary>Writes x86-64 code at a pointer (the writable alias).</summary>

@@ -206,8 +206,10 @@ internal sealed unsafe partial class Translator
         _e.Alu(AluOp.Add, Host.T1, Host.T0);
     }
 
-    // The check proper. Leaves in T1 the addend or, when merged, where the operand is in the host. T0 stays as it is.
-    private void Probe(in HostMemory form, int size, bool write, int alignment, bool isMerged = false)
+    // The check proper. Leaves in T1 (or T0) the addend or, when merged, where the operand is in the host; the other of
+    // the two stays as it is.
+    private void Probe(
+        in HostMemory form, int size, bool write, int alignment, bool isMerged = false, int target = Host.T1)
     {
         MmuMode mode = DataMode;
         if (mode == MmuMode.Empty)
@@ -219,23 +221,23 @@ internal sealed unsafe partial class Translator
         SitePlaces += _inCopy ? 0 : 1;
         int kind = Sites.Class(mode, write, size);
         int site = Sites.Offset(kind, IsStack(form) ? 0 : ++_nextSite[kind]);
-        Address(form);
+        Address(form, target);
         if (alignment > 1)
         {
-            _e.TestImmediate32(Host.T1, alignment - 1);
+            _e.TestImmediate32(target, alignment - 1);
             SlowJump(_e.JumpIf(HostCondition.NotEqual));
         }
 
-        _e.Alu(AluOp.Sub, Host.T1, HostMemory.Context(site + SiteEntry.LowOffset));
-        _e.Alu(AluOp.Cmp, Host.T1, HostMemory.Context(site + SiteEntry.LimitOffset));
+        _e.Alu(AluOp.Sub, target, HostMemory.Context(site + SiteEntry.LowOffset));
+        _e.Alu(AluOp.Cmp, target, HostMemory.Context(site + SiteEntry.LimitOffset));
         byte* other = _e.JumpIf(HostCondition.AboveOrEqual);
         if (isMerged)
         {
-            _e.Alu(AluOp.Add, Host.T1, HostMemory.Context(site + SiteEntry.HostLowOffset));
+            _e.Alu(AluOp.Add, target, HostMemory.Context(site + SiteEntry.HostLowOffset));
         }
         else
         {
-            _e.Load(Host.T1, HostMemory.Context(site + SiteEntry.AddendOffset));
+            _e.Load(target, HostMemory.Context(site + SiteEntry.AddendOffset));
         }
 
         _misses[_missCount++] = new SiteMiss
@@ -248,6 +250,7 @@ internal sealed unsafe partial class Translator
             Insn = _at,
             Group = _slowGroup,
             IsMerged = isMerged,
+            Target = target,
         };
     }
 
@@ -298,16 +301,16 @@ internal sealed unsafe partial class Translator
         _e.Load(Host.T1, HostMemory.Context(Host.T1, table + TlbEntry.AddendOffset));
     }
 
-    // T1 = what a form addresses.
-    private void Address(in HostMemory form)
+    // A register = what a form addresses.
+    private void Address(in HostMemory form, int target)
     {
         if (form.Base >= 0 && form.Index < 0 && form.Displacement == 0)
         {
-            _e.Move(Host.T1, form.Base);
+            _e.Move(target, form.Base);
         }
         else
         {
-            _e.Lea(Host.T1, form);
+            _e.Lea(target, form);
         }
     }
 
@@ -315,17 +318,22 @@ internal sealed unsafe partial class Translator
     private void EmitMiss(ref SiteMiss miss)
     {
         _e.Land(miss.Jump);
-        Address(miss.Form);
-        _e.Push(Host.T0);
-        _e.Move(Host.T0, Host.T1);
+        int other = miss.Target == Host.T1 ? Host.T0 : Host.T1;
+        Address(miss.Form, miss.Target);
+        _e.Push(other);
+        if (miss.Target != Host.T0)
+        {
+            _e.Move(Host.T0, Host.T1);
+        }
+
         _e.MoveImmediate(Host.T1, (uint)miss.Site);
         _e.Call((byte*)_cache.Stubs.FillSite[miss.Kind]);
         if (miss.IsMerged)
         {
-            _e.Lea(Host.T1, new HostMemory(Host.T0, Host.T1, 0, 0));
+            _e.Lea(miss.Target, new HostMemory(Host.T0, Host.T1, 0, 0));
         }
 
-        _e.Pop(Host.T0);
+        _e.Pop(other);
         _e.JumpIf(HostCondition.Equal, (byte*)miss.Back);
         _slow[_slowCount++] = new SlowSite
         {
@@ -364,5 +372,8 @@ internal sealed unsafe partial class Translator
 
         /// <summary>T1 becomes the host's address instead of the addend.</summary>
         public bool IsMerged;
+
+        /// <summary>T1, or T0 for the second operand of a group.</summary>
+        public int Target;
     }
 }

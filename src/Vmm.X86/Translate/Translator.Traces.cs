@@ -43,6 +43,10 @@ internal sealed unsafe partial class Translator
         IsTaken,
     }
 
+    // The trace ends with a conditional jump to its start.
+    private bool IsLoop =>
+        _count != 0 && _traits[_count - 1].Kind == InsnKind.Jcc && _insns[_count - 1].NearBranchTarget == 0;
+
     private Insn* Record(int index) => (Insn*)_records[index];
 
     private Block* BlockOf(int index) => (Block*)_blocks[index];
@@ -78,7 +82,7 @@ internal sealed unsafe partial class Translator
 
         _isTrace = segments > 1;
         int round = _count;
-        if (round != 0 && _traits[round - 1].Kind == InsnKind.Jcc && _insns[round - 1].NearBranchTarget == 0)
+        if (IsLoop)
         {
             for (int rounds = 1; rounds < MaxRounds && _count + round <= MaxTrace; rounds++)
             {

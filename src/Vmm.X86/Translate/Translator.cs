@@ -116,6 +116,12 @@ internal sealed unsafe partial class Translator
         _cpu = cpu;
         _block = block;
         ReadTrace();
+        if (IsLoop)
+        {
+            // The op cache has lines of 64 bytes: a loop that fits in few of them must not straddle more.
+            start = (byte*)(((ulong)start + 63) & ~63UL);
+        }
+
         uint liveOut = LiveOut();
         Liveness(liveOut);
         block->FlagsIn = (int)_live[0] | 0x100;
@@ -301,6 +307,7 @@ internal sealed unsafe partial class Translator
         _groupLast = -1;
         _rspDelta = 0;
         _held = -1;
+        _extension = default;
         Entries();
         int poll = PollPoint();
         _poll = poll;
@@ -314,6 +321,7 @@ internal sealed unsafe partial class Translator
             }
 
             EmitOne();
+            FollowExtension(i);
             if (i == _groupLast)
             {
                 ref GroupCopy group = ref _groups[_groupCount - 1];
