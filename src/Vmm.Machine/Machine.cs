@@ -43,12 +43,15 @@ public sealed class Machine : IVcpuOwner, IDisposable
         {
             ICpuInterruptPort? port = parts.Ports.Count > i ? parts.Ports[i] : null;
             int? processor = parts.Pin.Count > i ? parts.Pin[i] : null;
-            _threads.Add(new VcpuThread(parts.Vcpus[i], port, parts.CpuSignature, processor, this));
+            _threads.Add(new VcpuThread(parts.Vcpus[i], port, parts.CpuSignature, processor, this, parts.Clock as InstructionClock));
         }
     }
 
     /// <summary>Guest memory.</summary>
     public GuestMemory Memory => _parts.Memory;
+
+    /// <summary>A vCPU, for tests.</summary>
+    internal IVcpu Vcpu(int index) => _threads[index].Vcpu;
 
     /// <summary>What was wrong with the disks' partition tables and boot catalogs when they were opened.</summary>
     public IReadOnlyList<MediaFinding> Findings => _parts.Findings;

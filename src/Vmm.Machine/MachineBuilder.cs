@@ -10,6 +10,7 @@ using Vmm.Devices.Pci;
 using Vmm.Host;
 using Vmm.Machine.Boot;
 using Vmm.Memory;
+using Vmm.X86;
 
 namespace Vmm.Machine;
 
@@ -30,7 +31,7 @@ public sealed class MachineBuilder : IDisposable
     private readonly GuestMemory _memory = new();
     private readonly List<RamBlock> _blocks = [];
     private readonly Dictionary<RamBlock, HostMemory> _hostMemory = [];
-    private readonly MachineClock _clock;
+    private readonly IMachineClock _clock;
     private readonly SystemControl _system;
     private readonly AddressMap _ports = new("io", 0x10000);
     private readonly AddressMap _mmio = new("mmio", 0);
@@ -44,9 +45,11 @@ public sealed class MachineBuilder : IDisposable
         _chars = new CharFactory(stdio, logFile);
         _layout = new MemoryLayout((ulong)spec.MemoryBytes & ~0xFFFUL);
         _system = new SystemControl(spec.Watchdog);
-        DateTimeOffset start = spec.Clock.Start ?? DateTimeOffset.UtcNow;
+        bool counts = spec.Clock.Source == ClockSource.Icount;
+        DateTimeOffset start = spec.Clock.Start ?? (counts ? InstructionClock.Epoch : DateTimeOffset.UtcNow);
         TimeSpan zone = spec.Clock.LocalTime ? TimeZoneInfo.Local.GetUtcOffset(start) : TimeSpan.Zero;
-        _clock = new MachineClock((start + zone - DateTimeOffset.UnixEpoch).Ticks * 100);
+        long unixTimeNs = (start + zone - DateTimeOffset.UnixEpoch).Ticks * 100;
+        _clock = counts ? new InstructionClock(unixTimeNs) : new MachineClock(unixTimeNs);
     }
 
     /// <summary>Builds a paused machine.</summary>
@@ -68,7 +71,7 @@ public sealed class MachineBuilder : IDisposable
 
     private Machine Build()
     {
-        RefuseUnsupported();
+        PrepareCounting();
         AddRam();
         IrqchipMode mode = ChooseIrqchip();
         Action<byte>? endOfInterrupt = null;
@@ -220,20 +223,29 @@ public sealed class MachineBuilder : IDisposable
             IVcpu vcpu = parts.Vm.CreateVcpu(i, interrupts.LocalApics.Count > 0 ? interrupts.LocalApics[i] : null);
             parts.Vcpus.Add(vcpu);
             vcpu.SetCpuid(model.For(i));
+            if (_clock is InstructionClock counter && vcpu is SoftVcpu software)
+            {
+                counter.Attach(software);
+            }
         }
     }
 
-    // Keys that the definition knows and no part of this machine serves yet. Refusing is better than ignoring.
-    private void RefuseUnsupported()
+    // Time that an instruction count drives has one source.
+    private void PrepareCounting()
     {
-        Refuse(_spec.Clock.Source == ClockSource.Icount, "clock: icount is");
-
-        static void Refuse(bool asked, string what)
+        if (_spec.Clock.Source == ClockSource.Icount)
         {
-            if (asked)
+            if (_hypervisor is not SoftHypervisor software)
             {
-                throw new BootException($"{what} not supported yet; leave the key out");
+                throw new BootException($"clock: {_hypervisor.Name} does not count instructions; icount needs accel: soft");
             }
+
+            if (_spec.Cpus.Count != 1)
+            {
+                throw new BootException($"clock: icount needs cpus: 1; there are {_spec.Cpus.Count}");
+            }
+
+            software.Deterministic = true;
         }
     }
 

@@ -8,11 +8,24 @@ using Vmm.Host;
 
 namespace Vmm.Machine;
 
+/// <summary>A clock as the machine drives it.</summary>
+internal interface IMachineClock : IClock, IDisposable
+{
+    /// <summary>Lets time pass.</summary>
+    void Resume();
+
+    /// <summary>Stops time. When it returns, no callback is running (unless the caller is one).</summary>
+    void Pause();
+
+    /// <summary>Sets guest time after loading a snapshot. Only while paused.</summary>
+    void SetNow(long nowNs);
+}
+
 /// <summary>
 /// Guest time from the host's monotonic clock. It stands still while paused. One thread runs the timers' callbacks, one
 /// after another, in order of their deadlines; a machine has a few dozen timers, so they are kept in a plain list.
 /// </summary>
-internal sealed class MachineClock : IClock, IDisposable
+internal sealed class MachineClock : IMachineClock
 {
     private readonly Lock _gate = new();
     private readonly List<Timer> _armed = [];
@@ -58,7 +71,7 @@ internal sealed class MachineClock : IClock, IDisposable
         return new Timer(this, name, onExpire);
     }
 
-    /// <summary>Lets time pass.</summary>
+    /// <inheritdoc/>
     public void Resume()
     {
         lock (_gate)
@@ -73,7 +86,7 @@ internal sealed class MachineClock : IClock, IDisposable
         _wait.Wake();
     }
 
-    /// <summary>Stops time. When it returns, no callback is running (unless the caller is one).</summary>
+    /// <inheritdoc/>
     public void Pause()
     {
         lock (_gate)
@@ -96,7 +109,7 @@ internal sealed class MachineClock : IClock, IDisposable
         }
     }
 
-    /// <summary>Sets guest time after loading a snapshot. Only while paused.</summary>
+    /// <inheritdoc/>
     public void SetNow(long nowNs)
     {
         lock (_gate)

@@ -43,7 +43,7 @@ internal sealed class MachineParts
     public required MemoryLayout Layout { get; init; }
 
     /// <summary>Guest time; owned.</summary>
-    public required MachineClock Clock { get; init; }
+    public required IMachineClock Clock { get; init; }
 
     /// <summary>Completion.</summary>
     public required ICompleter Completer { get; init; }

@@ -34,6 +34,7 @@ internal sealed class VcpuThread : ICpuWaker, IDisposable
     private const long MaxLookNs = 80_000;
 
     private readonly IVcpuOwner _owner;
+    private readonly InstructionClock? _counter;
     private readonly ICpuInterruptPort? _port;
     private readonly uint _signature;
     private readonly int? _processor;
@@ -53,8 +54,16 @@ internal sealed class VcpuThread : ICpuWaker, IDisposable
     /// <param name="signature">CPUID leaf 1's EAX, which EDX holds after reset.</param>
     /// <param name="processor">The host's processor that it stays on; null: any.</param>
     /// <param name="owner">The machine.</param>
-    public VcpuThread(IVcpu vcpu, ICpuInterruptPort? port, uint signature, int? processor, IVcpuOwner owner)
+    /// <param name="counter">Guest time when this vCPU's instructions drive it.</param>
+    public VcpuThread(
+        IVcpu vcpu,
+        ICpuInterruptPort? port,
+        uint signature,
+        int? processor,
+        IVcpuOwner owner,
+        InstructionClock? counter = null)
     {
+        _counter = counter;
         Vcpu = vcpu;
         _port = port;
         _signature = signature;
@@ -159,6 +168,7 @@ internal sealed class VcpuThread : ICpuWaker, IDisposable
                 continue;
             }
 
+            _counter?.RunDue();
             Exits++;
             switch (Vcpu.Run(ref exit))
             {
@@ -208,6 +218,20 @@ internal sealed class VcpuThread : ICpuWaker, IDisposable
         if (interruptsMasked)
         {
             _owner.OnDeadHalt(this, true);
+        }
+
+        // Time that an instruction count drives passes at once.
+        while (_counter is not null && !_pause && !_stop && _counter.Skip())
+        {
+            if (_port is { HasInterrupt: true } or { HasNmi: true } or { HasInit: true })
+            {
+                if (interruptsMasked)
+                {
+                    _owner.OnDeadHalt(this, false);
+                }
+
+                return;
+            }
         }
 
         Sleep();

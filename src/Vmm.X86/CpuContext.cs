@@ -396,6 +396,10 @@ internal unsafe struct CpuContext
     [FieldOffset(Offsets.Scratch)]
     public ulong Scratch;
 
+    /// <summary>Where InstructionCount stops (SoftVcpu.StopAt).</summary>
+    [FieldOffset(Offsets.CountLimit)]
+    public ulong CountLimit;
+
     /// <summary>RDTSC in generated code; Value has the vCPU's offset. The limit is 0 where RDTSC may fault.</summary>
     [FieldOffset(Offsets.Tsc)]
     public TscLine Tsc;
@@ -488,7 +492,10 @@ internal unsafe struct CpuContext
     [FieldOffset(Offsets.Thrashing)]
     public int Thrashing;
 
-    /// <summary>1 when a translated block adds its length to <see cref="InstructionCount"/> as it is entered.</summary>
+    /// <summary>
+    /// 1 when a translated block adds its length to <see cref="InstructionCount"/> as it is entered; 2 when it leaves where
+    /// that goes beyond <see cref="CountLimit"/>, too.
+    /// </summary>
     [FieldOffset(0x7F0)]
     public int CountsBlocks;
 

@@ -61,6 +61,12 @@ public sealed class SoftHypervisor : IHypervisor
     public bool CountInstructions { get; set; }
 
     /// <summary>
+    /// VMs made from now on repeat themselves: they count instructions, stop where <see cref="SoftVcpu.StopAt"/> says, and
+    /// RDRAND gives a fixed sequence.
+    /// </summary>
+    public bool Deterministic { get; set; }
+
+    /// <summary>
     /// Gets a line for each translated block of VMs made from now on, in the form of Linux perf's /tmp/perf-PID.map. The
     /// caller disposes it after the VMs; vCPU threads write to it under its lock.
     /// </summary>
@@ -97,7 +103,8 @@ public sealed class SoftHypervisor : IHypervisor
         return new SoftVm(options, TscKhz, _thunks)
         {
             Translate = Translate,
-            CountInstructions = CountInstructions,
+            CountInstructions = CountInstructions || Deterministic,
+            Deterministic = Deterministic,
             PerfMap = PerfMap,
         };
     }

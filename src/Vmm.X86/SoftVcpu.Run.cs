@@ -15,11 +15,22 @@ public sealed unsafe partial class SoftVcpu
     private const int RandomBytes = 4096;
     private readonly byte[] _random = new byte[RandomBytes];
     private int _randomLeft;
+    private ulong _sequence;
     private int _pauses;
     private Insn* _last;
 
     /// <summary>XCR0 bits that CPUID offers.</summary>
     internal ulong AllowedXcr0 { get; private set; } = 3;
+
+    /// <summary>
+    /// Run returns Interrupted as soon as so many instructions have been executed; exactly then, unless it is set below the
+    /// count or inside the block that runs. For VMs of a deterministic driver. The vCPU's thread, or while it rests.
+    /// </summary>
+    public long StopAt
+    {
+        get => (long)_cpu->CountLimit;
+        set => _cpu->CountLimit = (ulong)value;
+    }
 
     /// <summary>Instructions executed so far. Any thread; approximate while running.</summary>
     public long InstructionsRetired => (long)_cpu->InstructionCount;
@@ -131,6 +142,15 @@ public sealed unsafe partial class SoftVcpu
 
     internal ulong NextRandom()
     {
+        if (Vm.Deterministic)
+        {
+            // SplitMix64.
+            _sequence += 0x9E3779B97F4A7C15;
+            ulong mixed = (_sequence ^ (_sequence >> 30)) * 0xBF58476D1CE4E5B9;
+            mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB;
+            return mixed ^ (mixed >> 31);
+        }
+
         if (_randomLeft < 8)
         {
             RandomNumberGenerator.Fill(_random);
@@ -183,6 +203,11 @@ public sealed unsafe partial class SoftVcpu
             if (cpu->Activity is (int)ActivityState.WaitForInit or (int)ActivityState.WaitForStartup)
             {
                 return ExitKind.Halted;
+            }
+
+            if (cpu->InstructionCount >= cpu->CountLimit)
+            {
+                return ExitKind.Interrupted;
             }
 
             if (!ServeEvents(cpu))
@@ -299,7 +324,7 @@ public sealed unsafe partial class SoftVcpu
         int shadow = cpu->Shadow;
         bool trap = (cpu->RflagsSystem & Rflags.Tf) != 0;
         bool watched = (cpu->Dr7 & 0xFF) != 0;
-        bool single = trap || watched || shadow != 0;
+        bool single = trap || watched || shadow != 0 || NearsLimit(cpu);
 
         // MOV SS holds code breakpoints back on Intel's processors (SDM 3A 6.8.3), not on AMD's.
         bool heldBack = (shadow & 2) != 0 && (cpu->Features & CpuFeature.Amd) == 0;
@@ -406,7 +431,7 @@ public sealed unsafe partial class SoftVcpu
                 return status;
             }
 
-            if (Volatile.Read(ref cpu->Request) != 0 || (block->Key & BlockKey.Single) != 0)
+            if (Volatile.Read(ref cpu->Request) != 0 || (block->Key & BlockKey.Single) != 0 || NearsLimit(cpu))
             {
                 return Status.Look;
             }
@@ -458,6 +483,9 @@ public sealed unsafe partial class SoftVcpu
             block = next;
         }
     }
+
+    // A block could go beyond the limit: from here on instruction by instruction.
+    private static bool NearsLimit(CpuContext* cpu) => cpu->InstructionCount + MaxInsns > cpu->CountLimit;
 
     // A direct branch inside one page leads to the same block wherever the page is mapped.
     private static bool CanLink(CpuContext* cpu, Block* from, Block* to, ulong linear)

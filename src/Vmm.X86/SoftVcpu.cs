@@ -31,6 +31,7 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         _cpu->Self = _cpu;
         _cpu->OwnerHandle = GCHandle.ToIntPtr(_handle);
         _cpu->Shared = vm.Shared;
+        _cpu->CountLimit = long.MaxValue;
         VectorUnit.Initialise(_cpu);
         _cpu->Tlbs = (TlbEntry*)((byte*)_cpu + CpuContext.TlbOffset);
         _cpu->Blocks.BranchKeys = (BranchKey*)((byte*)_cpu + CpuContext.BranchKeysOffset);

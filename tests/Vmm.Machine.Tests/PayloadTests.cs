@@ -79,16 +79,17 @@ public sealed class PayloadTests : IDisposable
         Run("soft", "user", new Payload.Recorder(), [0xFA, 0xF4]).Should().Be(2);
 
     [Fact]
-    public void KeyWithoutAPart_IsRefusedByName()
+    public void CountedClock_WithTwoVcpus_IsRefusedInALine()
     {
         MachineSpec spec = Payload.Spec(_directory, [0xF4]) with
         {
             Accel = ["soft"],
             Clock = new ClockSpec { Source = ClockSource.Icount },
+            Cpus = new CpuSpec { Count = 2 },
         };
         var log = new StringWriter();
         MachineRunner.Run(spec, new RunOptions { ReportDriver = false }, log).Should().Be(MachineRunner.StatusConfig);
-        log.ToString().Should().StartWith("vmctl: payload: clock:").And.Contain("not supported yet");
+        log.ToString().Trim().Should().Be("vmctl: payload: clock: icount needs cpus: 1; there are 2");
     }
 
     // A guest that halts at once, with a screen.

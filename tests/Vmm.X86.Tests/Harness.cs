@@ -140,6 +140,7 @@ internal sealed unsafe class TestVm : IDisposable
     /// <param name="countInstructions">Translated code counts what it executes.</param>
     /// <param name="perfMap">Gets a line for each translated block.</param>
     /// <param name="hostClock">Guest time runs.</param>
+    /// <param name="deterministic">The vCPU stops at SoftVcpu.StopAt.</param>
     /// <param name="logDirty">The memory has a dirty log; stores then look at its flags each time.</param>
     public TestVm(
         ulong bytes = 4 << 20,
@@ -148,7 +149,8 @@ internal sealed unsafe class TestVm : IDisposable
         bool countInstructions = false,
         TextWriter? perfMap = null,
         bool logDirty = false,
-        bool hostClock = false)
+        bool hostClock = false,
+        bool deterministic = false)
     {
         Clock = new FakeClock { FollowsHost = hostClock };
         _block = (byte*)NativeMemory.AlignedAlloc((nuint)bytes + (2 * MarginBytes), 4096);
@@ -161,6 +163,7 @@ internal sealed unsafe class TestVm : IDisposable
         {
             Translate = translateAfter != 0,
             CountInstructions = countInstructions,
+            Deterministic = deterministic,
             PerfMap = perfMap,
         };
         Vm = (SoftVm)hypervisor.CreateVm(new VmOptions { Ports = Ports, Mmio = Mmio, Clock = Clock });

@@ -86,12 +86,61 @@ public sealed class LockStepTests
         translated.MarginsAreIntact.Should().BeTrue();
     }
 
+    // By instruction count: in the middle of blocks, of loops and in front of each handler's instruction. Arithmetic flags
+    // may be stale where nothing reads them.
+    [Theory]
+    [InlineData(1)]
+    [InlineData(2)]
+    [InlineData(3)]
+    [InlineData(4)]
+    [InlineData(5)]
+    [InlineData(6)]
+    public void TranslatedProgram_StoppedAnywhere_IsWhereTheInterpreterIs(int seed)
+    {
+        const ulong arithmetic = 0x8D5;
+        using TestVm translated = Make(seed, translateAfter: 1, deterministic: true);
+        using TestVm interpreted = Make(seed, translateAfter: 0, deterministic: true);
+        translated.Cpu.WriteState(translated.State);
+        interpreted.Cpu.WriteState(interpreted.State);
+        var random = new Random(seed);
+        ExitKind kind = ExitKind.Interrupted;
+        int stops = 0;
+        for (long at = 0; kind != ExitKind.Halted; at += random.Next(1, stops < 200 ? 40 : 4000), stops++)
+        {
+            kind = RunTo(translated, at);
+            RunTo(interpreted, at).Should().Be(kind);
+            translated.Cpu.InstructionsRetired.Should().Be(interpreted.Cpu.InstructionsRetired, "stop {0}", stops);
+            translated.Cpu.InstructionsRetired.Should().Match(count => kind == ExitKind.Halted || count == at);
+            translated.State.Gpr.Should().Equal(interpreted.State.Gpr, "stop {0}", stops);
+            translated.State.Rip.Should().Be(interpreted.State.Rip, "stop {0}", stops);
+            (translated.State.Rflags & ~arithmetic).Should().Be(interpreted.State.Rflags & ~arithmetic);
+            translated.Memory.SequenceEqual(interpreted.Memory).Should().BeTrue("stop {0}", stops);
+        }
+
+        translated.Cpu.Translator!.Blocks.Should().BePositive();
+        stops.Should().BeGreaterThan(200);
+    }
+
+    // The port of the program interrupts it, too.
+    private static ExitKind RunTo(TestVm vm, long at)
+    {
+        vm.Cpu.StopAt = at;
+        ExitKind kind;
+        do
+        {
+            kind = vm.Continue();
+        }
+        while (kind == ExitKind.Interrupted && vm.Cpu.InstructionsRetired < at);
+        return kind;
+    }
+
     // Blocks are translated one by one when they count, and in traces when they do not.
     private static bool Counts(int seed) => seed < 1000;
 
-    private static TestVm Make(int seed, int translateAfter)
+    private static TestVm Make(int seed, int translateAfter, bool deterministic = false)
     {
-        var vm = new TestVm(translateAfter: translateAfter, countInstructions: Counts(seed));
+        var vm = new TestVm(
+            translateAfter: translateAfter, countInstructions: Counts(seed), deterministic: deterministic);
         vm.Ports.Map(Port, new KickPort(vm));
         // Odd seeds at level 3 (with IOPL 3), where operands have sites; even ones at level 0, where the TLB is asked.
         vm.EnterLong((seed & 1) != 0 ? 3 : 0);

@@ -586,6 +586,7 @@ internal static class Offsets
     public const int CallsKernelTlb = Calls + 56;
     public const int CallsUserTlb = Calls + 64;
     public const int Scratch = 0xB70;
+    public const int CountLimit = 0xB78;
     public const int Cr0 = 0x218;
     public const int Cr2 = 0x220;
     public const int Cr3 = 0x228;

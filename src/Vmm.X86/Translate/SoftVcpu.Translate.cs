@@ -51,7 +51,7 @@ public sealed unsafe partial class SoftVcpu
         {
             _traits = new TraitsTable(this);
             _translator = new Translator(_code, _traits) { PerfMap = Vm.PerfMap };
-            _cpu->CountsBlocks = Vm.CountInstructions ? 1 : 0;
+            _cpu->CountsBlocks = Vm.Deterministic ? 2 : Vm.CountInstructions ? 1 : 0;
             _cpu->Helper = (nint)(delegate* unmanaged<CpuContext*, ulong, ulong, ulong>)&ExecuteRecord;
         }
     }

@@ -20,27 +20,15 @@ internal static unsafe class Statistics
     /// <summary>Reads all counts of some vCPUs.</summary>
     public static List<VmStatistic> Read(IEnumerable<SoftVcpu> vcpus)
     {
-        var sums = new SortedDictionary<int, (string Name, long Value)>();
+        var all = new List<VmStatistic>();
         var calls = new Dictionary<Mnemonic, long>();
         foreach (SoftVcpu vcpu in vcpus)
         {
             if (!vcpu.IsDisposed)
             {
-                int at = 0;
-                foreach (VmStatistic one in Of(vcpu))
-                {
-                    long before = sums.TryGetValue(at, out (string Name, long Value) sum) ? sum.Value : 0;
-                    sums[at++] = (one.Name, before + one.Value);
-                }
-
+                Add(all, Of(vcpu));
                 AddCalls(vcpu.Context, calls);
             }
-        }
-
-        var all = new List<VmStatistic>();
-        foreach ((string name, long value) in sums.Values)
-        {
-            all.Add(new VmStatistic(name, value));
         }
 
         var sorted = new List<KeyValuePair<Mnemonic, long>>(calls);
@@ -51,6 +39,22 @@ internal static unsafe class Statistics
         }
 
         return all;
+    }
+
+    // Every vCPU has the same counts in the same order.
+    private static void Add(List<VmStatistic> sums, List<VmStatistic> more)
+    {
+        for (int i = 0; i < more.Count; i++)
+        {
+            if (i == sums.Count)
+            {
+                sums.Add(more[i]);
+            }
+            else
+            {
+                sums[i] = new VmStatistic(sums[i].Name, sums[i].Value + more[i].Value);
+            }
+        }
     }
 
     private static List<VmStatistic> Of(SoftVcpu vcpu)

@@ -367,7 +367,7 @@ internal sealed unsafe partial class Translator
             _inHost = false;
             _inImage = false;
         }
-        else if (vectors || x87 || StartsInImage())
+        else if (vectors || x87 || _cpu->CountsBlocks == 2 || StartsInImage())
         {
             CodeStubs.SaveFlags(ref _e, Host.T1);
             image = _e.At;
@@ -393,6 +393,16 @@ internal sealed unsafe partial class Translator
             _e.Load(Host.T0, HostMemory.Context(Offsets.InstructionCount));
             _e.Lea(Host.T0, new HostMemory(Host.T0, _count));
             _e.Store(HostMemory.Context(Offsets.InstructionCount), Host.T0);
+            if (_cpu->CountsBlocks == 2)
+            {
+                _e.Alu(AluOp.Cmp, Host.T0, HostMemory.Context(Offsets.CountLimit));
+                _cold[_coldCount++] = new ColdExit
+                {
+                    Jump = _e.JumpIf(HostCondition.Above),
+                    Kind = ColdKind.Poll,
+                    Level = _count,
+                };
+            }
         }
 
         if (vectors)
