@@ -267,7 +267,7 @@ internal sealed class VncViewer : IDisposable
         if (kind == 0)
         {
             _stream.ReadExactly(raw[..10]);
-            HidKey key = ScanCodes.ToKey(BinaryPrimitives.ReadUInt32BigEndian(raw[6..]));
+            HidKey key = KeyOf(BinaryPrimitives.ReadUInt32BigEndian(raw[6..]));
             bool isPressed = BinaryPrimitives.ReadUInt16BigEndian(raw) != 0;
             if (key == HidKey.None)
             {
@@ -295,6 +295,15 @@ internal sealed class VncViewer : IDisposable
 
         return true;
     }
+
+    // Set 1, with the prefix E0 as bit 7 of the code; some clients send E0xx as such.
+    private static HidKey KeyOf(uint code) => HidKeys.FromSet1(code switch
+    {
+        < 0x80 => (int)code,
+        < 0x100 => 0xE000 | (int)(code & 0x7F),
+        >= 0xE000 and < 0xE080 => (int)code,
+        _ => 0,
+    });
 
     private void Point(int mask, int x, int y)
     {

@@ -138,6 +138,23 @@ public sealed class VncTests : IDisposable
         _keyboard.Events[3].Should().Be((HidKey.Up, false), "a viewer that leaves lets its keys go");
     }
 
+    // The key beside the space bar and the one of the same code on the other side, told apart by the prefix in either form.
+    [Theory]
+    [InlineData(0x38, HidKey.LeftAlt)]
+    [InlineData(0xB8, HidKey.RightAlt)]
+    [InlineData(0xE038, HidKey.RightAlt)]
+    [InlineData(0xB7, HidKey.PrintScreen)]
+    [InlineData(0xC6, HidKey.Pause)]
+    public void ExtendedKey_IsFoundByItsScanCode(int code, HidKey expected)
+    {
+        using Client client = Connect();
+        client.SetEncodings(RfbEncoders.Raw, -258);
+        client.Update(incremental: false);
+        client.Send([255, 0, 0, 1, 0, 0, 0, 0x61, 0, 0, (byte)(code >> 8), (byte)code]);
+        _keyboard.WaitFor(1);
+        _keyboard.Events[0].Should().Be((expected, true));
+    }
+
     [Theory]
     [InlineData("us", "aZ1!@[{\\|~/?", "")]
     [InlineData("de", "yZ1!@[{\\|~/?äß€", "")]
