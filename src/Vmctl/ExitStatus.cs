@@ -15,7 +15,6 @@ internal static class ExitStatus
     internal const int InternalError = 4;
     internal const int Usage = 64;
     internal const int NoInput = 66;
-    internal const int Unavailable = 69;
     internal const int WrongState = 75;
     internal const int Config = 78;
 

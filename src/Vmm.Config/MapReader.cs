@@ -25,8 +25,6 @@ internal sealed class ParseContext
     /// <summary>Every key that was asked for, list indices left out: <c>disks[].path</c>.</summary>
     internal SortedSet<string>? Catalog { get; }
 
-    internal bool HasErrors => _errors.Count > 0;
-
     internal void Error(SourcePosition at, string message)
     {
         if (_errors.Count < MaxErrors)

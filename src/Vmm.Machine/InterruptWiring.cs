@@ -85,9 +85,9 @@ internal sealed class InterruptWiring : IMsiSink
         var pic = new I8259Pair(new DelegateLine(level => lint0?.Set(level)));
         wiring.Pic = pic;
         wiring.Devices.Add(pic);
-        options.Ports.Map(0x20, pic.MasterPorts);
-        options.Ports.Map(0xA0, pic.SlavePorts);
-        options.Ports.Map(0x4D0, pic.ElcrPorts);
+        options.Ports.Map(I8259Pair.MasterPort, pic.MasterPorts);
+        options.Ports.Map(I8259Pair.SlavePort, pic.SlavePorts);
+        options.Ports.Map(I8259Pair.ElcrPort, pic.ElcrPorts);
 
         var ioApic = new IoApic(0, wiring, options.IoApicPins);
         wiring.IoApic = ioApic;

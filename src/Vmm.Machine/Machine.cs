@@ -150,10 +150,6 @@ public sealed class Machine : IVcpuOwner, IDisposable
         return Result!;
     }
 
-    /// <summary>Waits until the machine has stopped.</summary>
-    /// <returns>False when the time was up.</returns>
-    public bool WaitStopped(TimeSpan timeout) => _stopped.Wait(timeout);
-
     /// <summary>Stops for good. Any thread, also a vCPU's; the first caller's reason counts.</summary>
     public void Stop(MachineResult result)
     {

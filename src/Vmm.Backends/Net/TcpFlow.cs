@@ -110,8 +110,6 @@ internal sealed class TcpFlow : IDisposable
 
     public FlowKey Key => _key;
 
-    public bool IsClosed => _state == State.Closed;
-
     public bool NeedsFlush => _ackPending || (_state == State.Established && (_retransmitDue || Unsent > 0 || (_hostEof && !_finSent)));
 
     /// <summary>An acknowledgement waits for <see cref="EndAckDelay"/> or for data that takes it along.</summary>

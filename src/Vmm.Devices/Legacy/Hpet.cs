@@ -96,9 +96,6 @@ public sealed class Hpet : IDevice, IRegisterWindow
     /// <inheritdoc/>
     public uint Length => 0x400;
 
-    /// <summary>Number of comparators.</summary>
-    public int Timers => _timers.Length;
-
     /// <summary>The low half of the capabilities, as the ACPI table shows it.</summary>
     public uint EventTimerBlockId => (uint)_capabilities;
 

@@ -308,9 +308,6 @@ public sealed class LocalApic : IDevice, ICpuInterruptPort
         }
     }
 
-    /// <summary>Sets a pending NMI (a front end's "nmi" command, a watchdog).</summary>
-    public void InjectNmi() => Accept(ApicDelivery.Nmi, 0, false);
-
     /// <inheritdoc/>
     public void SetTscOffset(ulong ticks)
     {

@@ -82,18 +82,6 @@ public sealed class Mc146818 : IDevice, IRegisterWindow
     /// <inheritdoc/>
     public uint Length => 2;
 
-    /// <summary>NMI is masked through bit 7 of the index port.</summary>
-    public bool IsNmiMasked
-    {
-        get
-        {
-            lock (_gate)
-            {
-                return (_index & 0x80) != 0;
-            }
-        }
-    }
-
     // The guest's calendar time.
     private long NowNs => Math.Max(0, _clock.UnixTimeNs + _offsetNs);
 
@@ -119,15 +107,6 @@ public sealed class Mc146818 : IDevice, IRegisterWindow
         lock (_gate)
         {
             _ram[index] = value;
-        }
-    }
-
-    /// <summary>Reads the RAM; for the machine and tests.</summary>
-    public byte GetRam(int index)
-    {
-        lock (_gate)
-        {
-            return _ram[index & 0x7F];
         }
     }
 

@@ -212,9 +212,6 @@ public abstract class PciFunction : IDevice
     /// <summary>INTx pin, 1 (INTA#) to 4, or 0 when the card has none.</summary>
     public int InterruptPin => _initial[PciConfig.InterruptPin];
 
-    /// <summary>True while the guest lets the card do DMA.</summary>
-    public bool IsBusMaster => _busMaster;
-
     /// <summary>Guest memory as the card reaches it: nothing while Bus Master is clear.</summary>
     protected IDmaPort Dma => _dma;
 

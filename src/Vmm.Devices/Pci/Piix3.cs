@@ -65,15 +65,6 @@ public sealed class Piix3IsaBridge : PciFunction, IPciInterruptRouter
     /// <inheritdoc/>
     public override int StateVersion => 1;
 
-    /// <summary>The ISA interrupt that a router input leads to, or -1.</summary>
-    public int RouteOf(int input)
-    {
-        lock (_gate)
-        {
-            return _routes[input & 3];
-        }
-    }
-
     /// <inheritdoc/>
     public void SetPirq(int input, bool asserted)
     {

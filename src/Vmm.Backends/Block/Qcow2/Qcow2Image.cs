@@ -126,9 +126,6 @@ public sealed class Qcow2Image : BlockImage
     /// <summary>Snapshots kept inside the image. They can be listed here, not taken or restored.</summary>
     public IReadOnlyList<Qcow2Snapshot> Snapshots => _header.Snapshots;
 
-    /// <summary>The backing file as the header names it, or null.</summary>
-    public string? BackingFileName => _header.BackingFile;
-
     /// <summary>The backing file's declared format, or null.</summary>
     public string? BackingFormat => _header.BackingFormat;
 

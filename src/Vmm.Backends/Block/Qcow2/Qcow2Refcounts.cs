@@ -55,9 +55,6 @@ internal sealed class Qcow2Refcounts
 
     public bool IsCrowded => _cache.IsCrowded;
 
-    /// <summary>New blocks whose place the table in the file does not show yet.</summary>
-    public bool HasNewBlocks => _newTableEntries.Count > 0;
-
     public IEnumerable<Qcow2Table> Blocks => _cache.Tables;
 
     public long BlockOffset(int index) => (long)_table[index];
