@@ -45,7 +45,13 @@ internal static unsafe class Binder
     // A processor without TZCNT, LZCNT or WBNOINVD ignores their prefix and executes BSF, BSR or WBINVD (SDM 2B TZCNT, 2A
     // LZCNT, 2D WBNOINVD). Kernels rely on it: they scan with REP BSF wherever zero cannot occur.
     private static bool HasOlderMeaning(Mnemonic mnemonic) =>
-        mnemonic is Mnemonic.Tzcnt or Mnemonic.Lzcnt or Mnemonic.Wbnoinvd;
+        mnemonic is Mnemonic.Tzcnt or Mnemonic.Lzcnt or Mnemonic.Wbnoinvd || IsNopOfOld(mnemonic);
+
+    // Codes that were given to CET and MPX out of the reserved NOPs (0F 1A, 1B and 1E) do nothing on a processor without them
+    // (SDM 2B RDSSP, SDM 1 Appendix E). Xen and unwinders ask RDSSP for a shadow stack without asking CPUID.
+    private static bool IsNopOfOld(Mnemonic mnemonic) =>
+        mnemonic is Mnemonic.Rdsspd or Mnemonic.Rdsspq or Mnemonic.Bndmk or Mnemonic.Bndcl or Mnemonic.Bndcu
+            or Mnemonic.Bndcn or Mnemonic.Bndmov or Mnemonic.Bndldx or Mnemonic.Bndstx;
 
     /// <summary>Byte offset of a general register, number of any other.</summary>
     public static ushort Offset(Register register)
@@ -747,6 +753,7 @@ internal static unsafe class Binder
             case Mnemonic.Prefetcht0:
             case Mnemonic.Prefetcht1:
             case Mnemonic.Prefetcht2:
+            case var nop when IsNopOfOld(nop):
             case Mnemonic.Lfence:
             case Mnemonic.Sfence:
                 insn->Handler = &Misc.Nop;

@@ -157,6 +157,34 @@ public sealed class ProgramTests
         vm.State.Gpr[1].Should().Be(leading);
     }
 
+    // SDM 2B RDSSP: "if CR4.CET = 0 ... NOP". Unwinders put a zero in a register, ask, and go without a shadow stack.
+    [Theory]
+    [InlineData(0)]
+    [InlineData(1)]
+    public void CetAndMpx_WithoutTheirFeatures_AreNops(int translateAfter)
+    {
+        using var vm = new TestVm(translateAfter: translateAfter);
+        vm.EnterLong();
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            var loop = a.CreateLabel();
+            a.mov(ecx, 100);
+            a.xor(eax, eax);
+            a.mov(esi, 1);
+            a.Label(ref loop);
+            a.rdsspq(rax);
+            a.rdsspd(esi);
+            a.bndmk(bnd0, __qword_ptr[rbx + 5]);
+            a.bndmov(bnd1, bnd0);
+            a.dec(ecx);
+            a.jne(loop);
+            a.hlt();
+        });
+        vm.Run().Should().Be(ExitKind.Halted);
+        vm.State.Gpr[0].Should().Be(0);
+        vm.State.Gpr[6].Should().Be(1);
+    }
+
     [Fact]
     public void RealMode_SoftwareInterrupt_RunsHandlerAndReturns()
     {
