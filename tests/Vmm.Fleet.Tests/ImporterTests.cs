@@ -5,6 +5,7 @@ using System.Linq;
 using System.Text;
 using FluentAssertions;
 using Vmm.Config;
+using Vmm.Fleet.Import;
 using Xunit;
 
 namespace Vmm.Fleet.Tests;

@@ -5,6 +5,7 @@ using System.CommandLine;
 using System.IO;
 using Vmm.Config;
 using Vmm.Fleet;
+using Vmm.Fleet.Import;
 
 namespace Vmctl.Commands;
 
