@@ -71,6 +71,12 @@ public abstract class BlockRequest
     /// </summary>
     public bool MayCompleteInline { get; set; }
 
+    /// <summary>
+    /// The guest has put more requests behind this one: a back end that would answer a large one at once may leave it to
+    /// another thread and take the next one meanwhile.
+    /// </summary>
+    public bool HasFollowers { get; set; }
+
     /// <summary>Guest RAM pieces; the first <see cref="SliceCount"/> are valid.</summary>
     public GuestSlice[] Slices { get; set; } = [];
 

@@ -8,13 +8,15 @@ using Vmm.Host;
 
 namespace Vmm.Backends.Block;
 
-// Theory. A raw disk on Linux. Four ways, the shortest that fits:
+// Theory. A raw disk on Linux. Five ways, the shortest that fits:
 //
 //   a read of what the host has in its page cache is copied at once, on the caller's thread, when the request allows it
 //   (RWF_NOWAIT: the kernel gives up where it would have to wait), so that it costs neither a thread nor a switch;
 //   a write that need not be stable is a copy into that cache, and is made at once as well. The host may make it wait all
 //   the same (too many dirty pages, a part of a page to read first); after one that took long, writes go into the ring
 //   for a while, where they wait beside each other;
+//   of large transfers with others behind them, as many as there are processors besides the caller's go to threads, since
+//   copying them takes longer than waking a thread, and the caller copies the next one meanwhile;
 //   other transfers and syncs go into an io_uring, whose completions one thread takes in batches;
 //   everything else (buffers of this process, discards, a full ring) goes to the threads of ThreadedBlockBackend, which
 //   also serves formats that are not raw, other systems, and hosts that forbid io_uring.
@@ -32,6 +34,7 @@ public sealed class RingBlockBackend : IBlockBackend
     private const int SlowWriteMs = 1;
     private const int SlowWritePauseMs = 50;
     private const int MaxInlineWriteBytes = 1 << 20;
+    private const int MinParallelBytes = 128 << 10;
     private const ulong StopTag = ulong.MaxValue;
 
     private readonly object _gate = new();
@@ -43,11 +46,13 @@ public sealed class RingBlockBackend : IBlockBackend
     private readonly BlockCacheMode _cache;
     private readonly Thread _completer;
     private readonly ManualResetEventSlim _stop = new();
+    private readonly int _parallel = Math.Min(Environment.ProcessorCount - 1, 3);
     private bool _stopping;
     private long _slowWriteUntil;
     private long _inlineReads;
     private long _inlineWrites;
     private long _ringRequests;
+    private long _parallelRequests;
 
     private RingBlockBackend(RawImage image, string name, BlockBackendOptions options, IoUring ring)
     {
@@ -69,6 +74,9 @@ public sealed class RingBlockBackend : IBlockBackend
 
     /// <summary>Writes that were copied into the page cache on the caller's thread.</summary>
     public long InlineWrites => Interlocked.Read(ref _inlineWrites);
+
+    /// <summary>Large requests that a thread moved beside the caller.</summary>
+    public long ParallelRequests => Interlocked.Read(ref _parallelRequests);
 
     /// <summary>Requests that went through the ring.</summary>
     public long RingRequests => Interlocked.Read(ref _ringRequests);
@@ -106,6 +114,14 @@ public sealed class RingBlockBackend : IBlockBackend
         if (!Fits(request))
         {
             _threads.Submit(request); // which answers what is wrong, too
+            return;
+        }
+
+        if (request is { HasFollowers: true, LengthBytes: >= MinParallelBytes, Operation: not BlockOperation.Flush }
+            && _threads.Pending < _parallel)
+        {
+            Interlocked.Increment(ref _parallelRequests);
+            _threads.Submit(request);
             return;
         }
 

@@ -90,6 +90,9 @@ public sealed class ThreadedBlockBackend : IBlockBackend
     /// <summary>The image underneath.</summary>
     public BlockImage Image { get; }
 
+    /// <summary>Requests that were submitted and not yet answered. A hint: it changes at any time.</summary>
+    public int Pending => Volatile.Read(ref _pending);
+
     /// <summary>Requests that ended in an error.</summary>
     public long Failures => Interlocked.Read(ref _failures);
 

@@ -55,6 +55,7 @@ public sealed class VirtioBlock : VirtioModel
 
     private const int ConfigWriteback = 32;
     private const int MaxUntoldBytes = 256 << 10;
+    private const int LargeBytes = 128 << 10; // below that nobody looks whether others follow
 
     private readonly VirtioDiskJobs<Job> _jobs;
     private readonly IBlockBackend _backend;
@@ -322,6 +323,7 @@ public sealed class VirtioBlock : VirtioModel
         job.OffsetBytes = (long)sector * SectorBytes;
         job.LengthBytes = length;
         job.ForceUnitAccess = !isRead && !HasWriteCache();
+        job.HasFollowers = length >= LargeBytes && ring.HasAvailable;
         Submit(job);
     }
 

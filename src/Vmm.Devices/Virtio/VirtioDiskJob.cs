@@ -44,6 +44,7 @@ internal sealed class VirtioDiskJobs<TJob>(Func<TJob> make)
         job.Chain = chain;
         job.ForceUnitAccess = false;
         job.MayUnmap = false;
+        job.HasFollowers = false;
         job.SliceCount = 0;
         job.NextRange = 0;
         return job;

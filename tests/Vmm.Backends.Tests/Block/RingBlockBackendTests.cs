@@ -75,6 +75,7 @@ public sealed class RingBlockBackendTests : IDisposable
             flush.Wait().Should().Be(BlockStatus.Ok);
             var read = new Request { Operation = BlockOperation.Read, LengthBytes = DiskBytes / 2 };
             read.OffsetBytes = random.Next(2) * (DiskBytes / 2);
+            read.HasFollowers = random.Next(8) == 0;
             Place(read, 0, random);
             disk.Submit(read);
             read.Wait().Should().Be(BlockStatus.Ok);
@@ -91,6 +92,50 @@ public sealed class RingBlockBackendTests : IDisposable
 
         disk.Drain();
         File.ReadAllBytes(_path).AsSpan().SequenceEqual(model).Should().BeTrue();
+    }
+
+    [Fact]
+    public void LargeRequests_WithFollowers_RunBesideTheCaller()
+    {
+        using IBlockBackend disk = Open(BlockCacheMode.WriteBack);
+        if (disk is not RingBlockBackend ring || Environment.ProcessorCount == 1)
+        {
+            return;
+        }
+
+        var random = new Random(8);
+        byte[] data = new byte[256 << 10];
+        foreach (BlockOperation operation in (ReadOnlySpan<BlockOperation>)[BlockOperation.Write, BlockOperation.Read])
+        {
+            var request = new Request(mayCompleteInline: true)
+            {
+                Operation = operation, LengthBytes = data.Length, HasFollowers = true,
+            };
+            Place(request, 0, random);
+            if (operation == BlockOperation.Write)
+            {
+                random.NextBytes(data);
+                Copy(request, data, toMemory: true);
+            }
+            else
+            {
+                Copy(request, new byte[data.Length], toMemory: true);
+            }
+
+            disk.Submit(request);
+            request.Wait().Should().Be(BlockStatus.Ok);
+            request.Thread.Should().NotBe(Environment.CurrentManagedThreadId);
+            byte[] got = new byte[data.Length];
+            Copy(request, got, toMemory: false);
+            got.AsSpan().SequenceEqual(data).Should().BeTrue();
+        }
+
+        ring.ParallelRequests.Should().Be(2);
+        var last = new Request(mayCompleteInline: true) { Operation = BlockOperation.Write, LengthBytes = data.Length };
+        Place(last, 0, random);
+        disk.Submit(last);
+        last.Wait().Should().Be(BlockStatus.Ok);
+        ring.ParallelRequests.Should().Be(2, "nothing follows it");
     }
 
     [Fact]
