@@ -2,6 +2,7 @@
 using System;
 using System.Buffers.Binary;
 using System.CommandLine;
+using System.Diagnostics;
 using System.IO;
 using System.Text;
 using System.Threading;
@@ -16,14 +17,18 @@ namespace Vmctl.Commands;
 // Theory. `vmctl send a | ssh host vmctl receive` moves a VM: the stream is a mark, the definition that runs (so that the
 // other side builds the same machine), and the machine's own versioned snapshot. Disks are not in it: they lie on storage
 // that both sides see, and the lease keeps the two from running at the same time. The sender ends its VM only after the
-// whole stream was written; a receiver that finds the stream cut short starts nothing. A signal in the middle leaves the VM
-// running where it was. The pipe goes one way, so the sender cannot know that the receiver got going: who must be sure
-// sends to a file, or keeps a copy (`tee`).
+// whole stream was written, and closes the stream when that VM is gone; the receiver begins at the end of the stream, when
+// locks, leases and directories are free. One that finds the stream cut short starts nothing. A signal in the middle
+// leaves the VM running where it was. The sender does not learn whether the receiver got going, and no answer could tell
+// it in time: the receiver opens the disks when the sender has let go of them, which is when its VM has ended. Who must be
+// sure sends to a file, or keeps a copy (`tee`).
 
 /// <summary><c>vmctl send</c>, <c>vmctl receive</c> and <c>vmctl snapshot</c>.</summary>
 internal static class TransferCommands
 {
     private const int MaxDefinitionBytes = 1 << 20;
+
+    private static readonly TimeSpan s_endPatience = TimeSpan.FromSeconds(30);
 
     private static ReadOnlySpan<byte> Mark => "vmctl-stream-1\n"u8;
 
@@ -135,6 +140,21 @@ internal static class TransferCommands
             {
                 await client.ExecuteAsync(last, null, CancellationToken.None).ConfigureAwait(false);
             }
+
+            if (last is "quit")
+            {
+                await WaitGoneAsync(fleet.Paths.Of(name)).ConfigureAwait(false);
+            }
+        }
+    }
+
+    // Bounded: one that does not go is told by its lease and locks to whoever comes next.
+    private static async Task WaitGoneAsync(VmPaths vm)
+    {
+        long start = Stopwatch.GetTimestamp();
+        while (VmProcess.IsAlive(vm) && Stopwatch.GetElapsedTime(start) < s_endPatience)
+        {
+            await Task.Delay(20, CancellationToken.None).ConfigureAwait(false);
         }
     }
 
@@ -223,7 +243,8 @@ internal static class TransferCommands
         }
 
         byte[] end = await ReadExactlyAsync(input, Finish.Length).ConfigureAwait(false);
-        return end.AsSpan().SequenceEqual(Finish)
+        bool isLast = await input.ReadAsync(buffer.AsMemory(0, 1)).ConfigureAwait(false) == 0;
+        return isLast && end.AsSpan().SequenceEqual(Finish)
             ? fleet.Machines[0]
             : throw new CommandException(ExitStatus.Config, "receive: the stream is damaged");
     }
