@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using System.Diagnostics;
+using System.Runtime.InteropServices;
 using System.Threading;
 using FluentAssertions;
 using Iced.Intel;
@@ -272,19 +274,36 @@ public sealed class TranslatorTests
         vm.State.Gpr[0].Should().Be(7);
     }
 
+    // Collections, signals and faults of managed code on other threads, while the guest adds up the same numbers in a general
+    // and in a vector register: it halts when the sums differ. CPUID calls a handler, which saves and loads them.
     [Fact]
-    public void GarbageCollections_WhileTranslatedCodeRuns_DoNotWaitForIt()
+    public void RuntimeTorture_WhileTranslatedCodeRuns_LeavesTheGuestAlone()
     {
         using var vm = new TestVm();
         vm.EnterLong();
         vm.Assemble(TestVm.CodeAt, 64, a =>
         {
             var loop = a.CreateLabel();
+            var wrong = a.CreateLabel();
             a.Label(ref loop);
-            a.inc(rbx);
-            a.mov(__[0x20000], rbx);
+            a.inc(r10);
+            a.add(r8, r10);
+            a.movq(xmm1, r10);
+            a.paddq(xmm9, xmm1);
+            a.mov(__[0x20000], r10);
             a.cpuid();
+            a.movq(r9, xmm9);
+            a.cmp(r8, r9);
+            a.jne(wrong);
+            a.test(r10d, 0xFF);
+            a.jne(loop);
+            a.mov(rax, r10);
+            a.xor(edx, edx);
+            a.mov(ecx, 7);
+            a.div(rcx);
             a.jmp(loop);
+            a.Label(ref wrong);
+            a.hlt();
         });
         vm.Cpu.WriteState(vm.State);
         ExitKind kind = ExitKind.Failed;
@@ -293,12 +312,34 @@ public sealed class TranslatorTests
             var exit = default(VcpuExit);
             kind = vm.Cpu.Run(ref exit);
         });
+        int signals = 0;
+        using PosixSignalRegistration registration = PosixSignalRegistration.Create(
+            PosixSignal.SIGCONT, _ => Interlocked.Increment(ref signals));
         thread.Start();
+        int faults = 0;
+        string? nothing = vm.Bytes == 0 ? string.Empty : null;
         for (int i = 0; i < 200; i++)
         {
             _ = new byte[1 << 16];
             GC.Collect(i % 3);
+            try
+            {
+                faults += nothing!.Length;
+            }
+            catch (NullReferenceException)
+            {
+                faults++;
+            }
+
+            if (i % 10 == 0)
+            {
+                using var kill = Process.Start("/bin/sh", ["-c", $"kill -CONT {Environment.ProcessId}"]);
+                kill.WaitForExit();
+            }
         }
+
+        faults.Should().Be(200);
+        SpinWait.SpinUntil(() => Volatile.Read(ref signals) > 0, 10_000).Should().BeTrue();
 
         vm.Cpu.Kick();
         thread.Join(10_000).Should().BeTrue();
