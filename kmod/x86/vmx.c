@@ -48,6 +48,13 @@
 #define	CR0_HOST	(CR0_CD | CR0_NW | CR0_NE)
 #define	INVALIDATE_ONE	1UL		/* INVEPT and INVVPID, single context */
 #define	PENDING_BS	0x4000UL
+/*
+ * A guest that spins on a lock whose holder does not run: PAUSEs closer than
+ * the gap are one loop, and one that lasts for the window exits (SDM 3C
+ * 26.1.3; cycles of the TSC).
+ */
+#define	PLE_GAP		128
+#define	PLE_WINDOW	4096
 
 struct vmx_msr { uint32_t index, zero; uint64_t value; };
 static const uint32_t switched[] = { 0xc0000081, 0xc0000082, 0xc0000083,
@@ -547,6 +554,10 @@ write_constants(struct vmk_vcpu *vcpu, struct vmx_vcpu *s)
 	s->proc = vmx_word[VMX_PROC];
 	vmwrite(F_PIN, vmx_word[VMX_PIN]);
 	vmwrite(F_PROC2, proc2);
+	if ((proc2 & PROC2_PAUSE_LOOP) != 0) {
+		vmwrite(F_PLE_GAP, PLE_GAP);
+		vmwrite(F_PLE_WINDOW, PLE_WINDOW);
+	}
 	vmwrite(F_EXIT, vmx_word[VMX_EXIT]);
 	vmwrite(F_VPID, s->vpid);
 	vmwrite(F_EPTP, vcpu->vm->mem.npt_pa | 6 | 3 << 3 | 1 << 6);
