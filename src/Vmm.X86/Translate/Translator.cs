@@ -116,12 +116,6 @@ internal sealed unsafe partial class Translator
         _cpu = cpu;
         _block = block;
         ReadTrace();
-        if (IsLoop)
-        {
-            // The op cache has lines of 64 bytes: a loop that fits in few of them must not straddle more.
-            start = (byte*)(((ulong)start + 63) & ~63UL);
-        }
-
         uint liveOut = LiveOut();
         Liveness(liveOut);
         block->FlagsIn = (int)_live[0] | 0x100;
