@@ -12,7 +12,8 @@ namespace Vmm.Devices.Legacy;
 // The receive FIFO holds a byte and its error bits per entry. Data below the trigger level raises the character timeout
 // after four character times of the programmed rate (§8.4.1), by a guest timer.
 //
-// PC wiring: MCR.OUT2 connects the interrupt; CTS, DSR and DCD are asserted while something is attached.
+// PC wiring: CTS, DSR and DCD are asserted while something is attached. On a PC, MCR.OUT2 connects the interrupt; here it is
+// always connected, as in QEMU and bhyve, because systems that grew up there (xv6) never set it.
 
 /// <summary>A serial port. See the theory at the top of this file.</summary>
 public sealed class Uart16550 : IDevice, IRegisterWindow, ICharReceiver
@@ -574,5 +575,5 @@ public sealed class Uart16550 : IDevice, IRegisterWindow, ICharReceiver
         return (_ier & IerModem) != 0 && (_msr & 0x0F) != 0 ? (byte)0x00 : (byte)0x01;
     }
 
-    private void Update() => _irq.Set(Identify() != 0x01 && (_mcr & McrOut2) != 0);
+    private void Update() => _irq.Set(Identify() != 0x01);
 }
