@@ -28,7 +28,13 @@ public static class HostCheck
 
         if (spec.Boot.Firmware is { } firmware && Path.IsPathRooted(firmware))
         {
-            string meant = Suggestion.Ending(Path.GetFileName(firmware), ["seabios", "uefi"]);
+            string word = Path.GetFileName(firmware).ToLowerInvariant() switch
+            {
+                "bios" or "legacy" => "seabios",
+                "efi" or "ovmf" => "uefi",
+                var other => other,
+            };
+            string meant = Suggestion.Ending(word, ["seabios", "uefi"]);
             CheckFile(spec, "boot.firmware", firmware, errors, meant);
         }
 

@@ -38,13 +38,16 @@ public sealed class HostCheckTests : IDisposable
     public void Place_ThatIsNotThere_IsNamedWithItsLine(string line, string position, string message) =>
         Errors(line).Should().ContainSingle().Which.Should().StartWith($"a.yaml:{position}: ").And.Contain(message);
 
-    [Fact]
-    public void Firmware_ThatIsMisspelt_IsSuggested()
+    [Theory]
+    [InlineData("seabio", "seabios")]
+    [InlineData("bios", "seabios")]
+    [InlineData("OVMF", "uefi")]
+    public void Firmware_ByAnotherWord_IsSuggested(string word, string meant)
     {
-        MachineSpec spec = ConfigFiles.Parse("name: a\nboot: {firmware: seabio}\n", "a.yaml", _directory).Machines[0];
+        MachineSpec spec = ConfigFiles.Parse($"name: a\nboot: {{firmware: {word}}}\n", "a.yaml", _directory).Machines[0];
 
         HostCheck.Check(spec).Should().ContainSingle().Which.ToString().Should()
-            .EndWith("seabio: no such file; did you mean \"seabios\"?");
+            .EndWith($"{word}: no such file; did you mean \"{meant}\"?");
     }
 
     private string[] Errors(string line)
