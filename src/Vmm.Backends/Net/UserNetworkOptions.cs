@@ -44,7 +44,7 @@ public sealed record UserNetworkOptions
     public int Mtu { get; init; } = 1500;
 
     /// <summary>How long a TCP acknowledgement waits for an answer that takes it along; at most 500 (RFC 9293 §3.8.6.3).</summary>
-    public int AckDelayMs { get; init; } = 2;
+    public int AckDelayMs { get; init; } = 20;
 
     /// <summary>DNS servers to ask; null reads the host's resolv.conf.</summary>
     public IReadOnlyList<IPAddress>? NameServers { get; init; }
