@@ -5,7 +5,10 @@ using System.IO;
 
 namespace Vmm.Config;
 
-/// <summary>Compares a definition with the files of this host: what it names must be there and be readable, and what it makes must have its directory.</summary>
+/// <summary>
+/// Compares a definition with the files of this host: what it names must be there and be readable, and what it makes must
+/// have its directory.
+/// </summary>
 public static class HostCheck
 {
     /// <summary>

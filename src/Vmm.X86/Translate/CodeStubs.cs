@@ -225,8 +225,8 @@ internal sealed unsafe class CodeStubs
     // What an offset among the sites, shifted, is added to for its counter.
     private const int Counters = CpuContext.SiteCountersOffset - (CpuContext.SitesOffset >> Sites.CounterShift);
 
-    // Looks at the misses of the site whose offset is in a register, shifted. Many of them in a short time: the place does not stay in a page, and had better look
-    // into the TLB each time. Destroys RCX and RDX.
+    // Looks at the misses of the site whose offset is in a register, shifted. Many of them in a short time: the place does
+    // not stay in a page, and had better look into the TLB each time. Destroys RCX and RDX.
     private static void EmitThrashCheck(ref Emitter e, int counter)
     {
         HostMemory misses = HostMemory.Context(counter, Counters + SiteCounter.MissesOffset);

@@ -18,6 +18,9 @@ namespace Vmm.X86;
 // constants. Where no flag is live at the start and nothing needs T0, a group may have operands of a second address, which
 // T0 holds: loops that read one array and write another. An index that is extended from a 32-bit counter in each round
 // moves by a constant, too, while the counter is far from an overflow, which the check looks at (CheckExtension).
+
+// SAFETY: generated code addresses at most a group's span from T1, which its check has compared with what the site allows
+// (Sites.GroupBytes); pointers here are places in the arena of code that is being emitted.
 internal sealed unsafe partial class Translator
 {
     private const int BaseIsCode = -2;

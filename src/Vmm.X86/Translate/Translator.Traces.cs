@@ -12,6 +12,9 @@ namespace Vmm.X86;
 // All blocks of a trace are decoded already, lie in one page and have one mode, so that they are cut off together. Each
 // instruction keeps its own record and block for its handler. A conditional jump inside has one direction in line and
 // leaves in the other. Jumps that lead back only end a trace; so every loop still passes a poll (PollPoint).
+
+// SAFETY: records and blocks lie in the vCPU's block arena, which is dropped as a whole and never while a block is being
+// translated; indices stay below MaxInsns, because blocks that do not fit are not appended.
 internal sealed unsafe partial class Translator
 {
     private const int MaxTrace = 32;
