@@ -175,6 +175,9 @@ public sealed record VirtioOptions
     /// </summary>
     public bool QuickDoorbells { get; init; }
 
+    /// <summary>What tells quick doorbells from slow ones.</summary>
+    public TimeProvider Time { get; init; } = TimeProvider.System;
+
     /// <summary>
     /// Do queue work on the thread that rings the doorbell instead of a worker: for tests and for machines that must
     /// repeat exactly.

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
-using System.Diagnostics;
 using System.Numerics;
 using System.Threading;
 using Vmm.Core;
@@ -73,6 +72,7 @@ public sealed class VirtioDevice : IDisposable
     private readonly ManualResetEventSlim _resetDone = new(initialState: true);
     private readonly bool _inline;
     private readonly bool _quick;
+    private readonly TimeProvider _time;
     private readonly ulong _offered;
 
     private IVirtioInterrupts? _interrupts;
@@ -90,7 +90,7 @@ public sealed class VirtioDevice : IDisposable
     private bool _running;
     private bool _disposed;
     private long _ruleBreaks;
-    private long _slowUntil; // Stopwatch's clock; under the run gate
+    private long _slowUntil; // of _time; under the run gate
     private long _served;
 
     /// <summary>Makes a device around a model, paused and reset.</summary>
@@ -108,6 +108,7 @@ public sealed class VirtioDevice : IDisposable
         Dma = dma;
         _model = model;
         _inline = options.Inline;
+        _time = options.Time;
         _quick = options.QuickDoorbells && !options.Inline && model.IsQuick;
         _signal = signal ?? new MonitorWorkSignal();
         ReadOnlySpan<ushort> sizes = model.QueueSizes;
@@ -821,7 +822,7 @@ public sealed class VirtioDevice : IDisposable
 
         try
         {
-            long start = Stopwatch.GetTimestamp();
+            long start = _time.GetTimestamp();
             if (_session is not { } session || session.Queue(index) is null || start < _slowUntil)
             {
                 return false;
@@ -836,10 +837,10 @@ public sealed class VirtioDevice : IDisposable
             }
 
             bool again = _model.Notify(index, QuickBudget);
-            long end = Stopwatch.GetTimestamp();
-            if (end - start > QuickMicroseconds * Stopwatch.Frequency / 1_000_000)
+            long end = _time.GetTimestamp();
+            if (end - start > QuickMicroseconds * _time.TimestampFrequency / 1_000_000)
             {
-                _slowUntil = end + (SlowPauseMs * Stopwatch.Frequency / 1000);
+                _slowUntil = end + (SlowPauseMs * _time.TimestampFrequency / 1000);
             }
 
             Interlocked.Increment(ref _served);

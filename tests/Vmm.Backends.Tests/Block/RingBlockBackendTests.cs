@@ -109,7 +109,9 @@ public sealed class RingBlockBackendTests : IDisposable
         {
             var request = new Request(mayCompleteInline: true)
             {
-                Operation = operation, LengthBytes = data.Length, HasFollowers = true,
+                Operation = operation,
+                LengthBytes = data.Length,
+                HasFollowers = true,
             };
             Place(request, 0, random);
             if (operation == BlockOperation.Write)
