@@ -280,6 +280,16 @@ internal sealed unsafe partial class Translator
         };
     }
 
+    // To the handler when bits 63:47 of an address are not equal. Destroys the scratch register.
+    private void SlowJumpUnlessCanonical(int address, int scratch)
+    {
+        _e.Move(scratch, address);
+        _e.Shift(4, scratch, 16);
+        _e.Shift(7, scratch, 16);
+        _e.Alu(AluOp.Cmp, scratch, address);
+        SlowJump(_e.JumpIf(HostCondition.NotEqual));
+    }
+
     private void EmitCallIndirect(in Instruction instruction)
     {
         if (!LoadTarget(instruction))
@@ -289,11 +299,7 @@ internal sealed unsafe partial class Translator
         }
 
         // A target that is not canonical faults before anything is pushed.
-        _e.Move(Host.T1, Host.T0);
-        _e.Shift(4, Host.T1, 16);
-        _e.Shift(7, Host.T1, 16);
-        _e.Alu(AluOp.Cmp, Host.T1, Host.T0);
-        SlowJump(_e.JumpIf(HostCondition.NotEqual));
+        SlowJumpUnlessCanonical(Host.T0, Host.T1);
 
         // The target waits in Rip.
         _e.Store(HostMemory.Context(Offsets.Rip), Host.T0);

@@ -50,12 +50,7 @@ internal sealed unsafe partial class Translator
         _e.Store(HostMemory.Context(Offsets.FlagImage), Host.T0);
         LoadFlat(Seg.Cs, Offsets.CallsKernelCs, FastCalls.KernelCode);
         LoadFlat(Seg.Ss, Offsets.CallsKernelSs, FastCalls.KernelData);
-        _e.StoreImmediate32(HostMemory.Context(Offsets.Cpl), 0);
-        _e.StoreImmediate32(HostMemory.Context(Offsets.ModeKey), (int)FastCalls.KernelKey);
-        _e.Load(Host.T0, HostMemory.Context(Offsets.CallsKernelTlb));
-        _e.Store(HostMemory.Context(Offsets.Tlb), Host.T0);
-        _e.Load(Host.T0, HostMemory.Context(Offsets.GlobalAsid));
-        _e.Store(HostMemory.Context(Offsets.TlbAsid), Host.T0);
+        EnterLevel(0, FastCalls.KernelKey, Offsets.CallsKernelTlb, Offsets.GlobalAsid);
         _e.StoreWord(HostMemory.Context(Offsets.BranchTag), Host.T0);
         _e.Load(Host.T0, HostMemory.Context(Offsets.Lstar));
         EmitBranchProbe(-1, 0);
@@ -80,11 +75,7 @@ internal sealed unsafe partial class Translator
         SlowJump(_e.JumpIf(HostCondition.NotEqual));
         _e.TestImmediate32(Host.R11, (int)(Rflags.Tf | Rflags.Ac));
         SlowJump(_e.JumpIf(HostCondition.NotEqual));
-        _e.Move(Host.T0, Host.Rcx);
-        _e.Shift(4, Host.T0, 16);
-        _e.Shift(7, Host.T0, 16);
-        _e.Alu(AluOp.Cmp, Host.T0, Host.Rcx);
-        SlowJump(_e.JumpIf(HostCondition.NotEqual));
+        SlowJumpUnlessCanonical(Host.Rcx, Host.T0);
 
         const ulong loaded = 0x3FFFFF & ~(Rflags.Rf | Rflags.Vm | Rflags.Arithmetic);
         _e.Move32(Host.T0, Host.R11);
@@ -101,16 +92,22 @@ internal sealed unsafe partial class Translator
         _e.Store(HostMemory.Context(Offsets.FlagImage), Host.T0);
         LoadFlat(Seg.Cs, Offsets.CallsUserCs, FastCalls.UserCode);
         LoadFlat(Seg.Ss, Offsets.CallsUserSs, FastCalls.UserData);
-        _e.StoreImmediate32(HostMemory.Context(Offsets.Cpl), 3);
-        _e.StoreImmediate32(HostMemory.Context(Offsets.ModeKey), (int)FastCalls.UserKey);
-        _e.Load(Host.T0, HostMemory.Context(Offsets.CallsUserTlb));
-        _e.Store(HostMemory.Context(Offsets.Tlb), Host.T0);
-        _e.Load(Host.T0, HostMemory.Context(Offsets.SpaceAsid));
-        _e.Store(HostMemory.Context(Offsets.TlbAsid), Host.T0);
+        EnterLevel(3, FastCalls.UserKey, Offsets.CallsUserTlb, Offsets.SpaceAsid);
         _e.AluImmediate(AluOp.Or, Host.T0, SoftVcpu.UserTag, wide: false);
         _e.StoreWord(HostMemory.Context(Offsets.BranchTag), Host.T0);
         _e.Move(Host.T0, Host.Rcx);
         EmitBranchProbe(-1, 0);
+    }
+
+    // Level, mode key, TLB and its tag, the last two from the context. Leaves the tag in T0.
+    private void EnterLevel(int cpl, uint modeKey, int tlb, int asid)
+    {
+        _e.StoreImmediate32(HostMemory.Context(Offsets.Cpl), cpl);
+        _e.StoreImmediate32(HostMemory.Context(Offsets.ModeKey), (int)modeKey);
+        _e.Load(Host.T0, HostMemory.Context(tlb));
+        _e.Store(HostMemory.Context(Offsets.Tlb), Host.T0);
+        _e.Load(Host.T0, HostMemory.Context(asid));
+        _e.Store(HostMemory.Context(Offsets.TlbAsid), Host.T0);
     }
 
     // A segment register with a selector from the context and a flat segment. Destroys T0.
