@@ -238,12 +238,8 @@ public sealed class UserNetworkTests : IDisposable
     {
         // RFC 9293 §3.8.6.3: the acknowledgement of a question goes with the answer.
         const int Rounds = 100;
-        NetGuest guest = MakeGuest(options => options with { AckDelayMs = 500 });
-        using TcpListener host = Listen();
-        var tcp = new GuestTcp(guest, s_gateway, PortOf(host), 4013);
-        await Task.Run(tcp.Connect);
-        using Socket accepted = await host.AcceptSocketAsync();
-        accepted.NoDelay = true;
+        (GuestTcp tcp, Socket host) = await TalkAsync(ackDelayMs: 500, 4013);
+        using Socket accepted = host;
         await Task.Run(() => Converse(tcp, accepted, 2)); // who has not been answered yet is acknowledged at once
         int before = tcp.SegmentsReceived;
         await Task.Run(() => Converse(tcp, accepted, Rounds));
@@ -253,12 +249,8 @@ public sealed class UserNetworkTests : IDisposable
     [Fact]
     public async Task Tcp_QuestionWithoutAnswer_IsAcknowledgedAndTheNextOnesAtOnce()
     {
-        NetGuest guest = MakeGuest(options => options with { AckDelayMs = 300 });
-        using TcpListener host = Listen();
-        var tcp = new GuestTcp(guest, s_gateway, PortOf(host), 4014);
-        await Task.Run(tcp.Connect);
-        using Socket accepted = await host.AcceptSocketAsync();
-        accepted.NoDelay = true;
+        (GuestTcp tcp, Socket host) = await TalkAsync(ackDelayMs: 300, 4014);
+        using Socket accepted = host;
         await Task.Run(() =>
         {
             Converse(tcp, accepted, 3);
@@ -281,12 +273,8 @@ public sealed class UserNetworkTests : IDisposable
     [Fact]
     public async Task Tcp_SecondSegmentOfAQuestion_IsAcknowledgedAtOnce()
     {
-        NetGuest guest = MakeGuest(options => options with { AckDelayMs = 500 });
-        using TcpListener host = Listen();
-        var tcp = new GuestTcp(guest, s_gateway, PortOf(host), 4015);
-        await Task.Run(tcp.Connect);
-        using Socket accepted = await host.AcceptSocketAsync();
-        accepted.NoDelay = true;
+        (GuestTcp tcp, Socket host) = await TalkAsync(ackDelayMs: 500, 4015);
+        using Socket accepted = host;
         await Task.Run(() =>
         {
             Converse(tcp, accepted, 3);
@@ -670,6 +658,18 @@ public sealed class UserNetworkTests : IDisposable
         NetGuest.CheckSums(reply);
         reply[42 + 7].Should().Be(1, "one answer");
         return reply;
+    }
+
+    // A connection of the guest whose acknowledgements wait so long, and the host's end of it.
+    private async Task<(GuestTcp Guest, Socket Host)> TalkAsync(int ackDelayMs, ushort port)
+    {
+        NetGuest guest = MakeGuest(options => options with { AckDelayMs = ackDelayMs });
+        using TcpListener host = Listen();
+        var tcp = new GuestTcp(guest, s_gateway, PortOf(host), port);
+        await Task.Run(tcp.Connect);
+        Socket accepted = await host.AcceptSocketAsync();
+        accepted.NoDelay = true;
+        return (tcp, accepted);
     }
 
     private static void Converse(GuestTcp tcp, Socket host, int rounds)
