@@ -111,6 +111,7 @@ internal sealed unsafe class KvmVcpu : IVcpu
         }
 
         WritePort(state);
+        ForgetReadiness(state);
     }
 
     /// <inheritdoc/>
@@ -127,6 +128,17 @@ internal sealed unsafe class KvmVcpu : IVcpu
         ArgumentNullException.ThrowIfNull(state);
         _access.WriteRegisters(state);
         WritePort(state);
+        ForgetReadiness(state);
+    }
+
+    // The run page's word on interrupts is about the registers that were. A halted processor whose state is written
+    // before its first KVM_RUN would look as if nothing could wake it; and an interrupt queued for the old registers
+    // would be lost when KVM loads the new ones. So the flag follows the state, and KVM is asked for the window anew.
+    private void ForgetReadiness(CpuState state)
+    {
+        const ulong InterruptFlag = 1 << 9;
+        _run->if_flag = (state.Rflags & InterruptFlag) != 0 ? (byte)1 : (byte)0;
+        _run->ready_for_interrupt_injection = 0;
     }
 
     /// <inheritdoc/>

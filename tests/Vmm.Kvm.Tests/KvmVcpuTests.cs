@@ -493,6 +493,33 @@ public sealed class KvmVcpuTests
     }
 
     [KvmFact]
+    public void WriteState_Halted_StaysWakeableByInterrupts()
+    {
+        // A processor that was saved in HLT comes to one that has never run.
+        var port = new FakeInterruptPort();
+        using var machine = new TestMachine(port: port);
+        machine.SetVector(0x40, 0x2000);
+        machine.Load([0xF4]);                       // what follows the saved HLT: hlt
+        machine.Load([0xE6, 0x10, 0xCF], 0x2000);   // out 0x10, al; iret
+        var state = new CpuState();
+        machine.Cpu.ReadState(state);
+        state.Activity = ActivityState.Halted;
+        state.Rflags |= 0x200;
+        machine.Cpu.WriteState(state);
+        machine.Run(out VcpuExit exit).Should().Be(ExitKind.Halted);
+        exit.InterruptsMasked.Should().BeFalse("the state says that interrupts are on");
+        port.Raise(0x40);
+        machine.Run(out exit).Should().Be(ExitKind.Halted);
+        machine.PortLog.Writes.Should().HaveCount(1, "the interrupt ended the halt");
+        exit.InterruptsMasked.Should().BeFalse();
+
+        state.Rflags &= ~0x200UL;
+        machine.Cpu.WriteState(state);
+        machine.Run(out exit).Should().Be(ExitKind.Halted);
+        exit.InterruptsMasked.Should().BeTrue("the state says that they are off");
+    }
+
+    [KvmFact]
     public void Dispose_WithAKickOutstanding_LeavesNoSignalBehind()
     {
         for (int i = 0; i < 20; i++)
