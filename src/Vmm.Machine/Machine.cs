@@ -338,7 +338,10 @@ public sealed class Machine : IVcpuOwner, IDisposable
         int dead = isDead ? Interlocked.Increment(ref _deadHalts) : Interlocked.Decrement(ref _deadHalts);
         if (isDead && dead == _threads.Count)
         {
-            Stop(MachineResult.For(StopReason.Halt));
+            var state = new CpuState();
+            thread.Vcpu.ReadRegisters(state);
+            Stop(MachineResult.For(
+                StopReason.Halt, $"every vCPU has halted with interrupts off; the last was vCPU {thread.Vcpu.Index}, before 0x{state.Rip:x}"));
         }
     }
 

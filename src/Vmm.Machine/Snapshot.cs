@@ -50,11 +50,9 @@ public static class Snapshot
         for (int i = 0; i < state.Vcpus.Count; i++)
         {
             state.Vcpus[i].Vcpu.ReadState(cpu);
-            if (state.Irqchip == IrqchipMode.User)
+            if (state.Irqchip == IrqchipMode.User && state.Vcpus[i].Activity is not ActivityState.Running)
             {
-                cpu.Activity = state.Vcpus[i].Activity is ActivityState.Running && cpu.Activity is ActivityState.Halted
-                    ? ActivityState.Halted
-                    : state.Vcpus[i].Activity;
+                cpu.Activity = state.Vcpus[i].Activity;
             }
 
             var writer = new StateWriter($"cpu{i}");

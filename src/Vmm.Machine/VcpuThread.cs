@@ -76,11 +76,14 @@ internal sealed class VcpuThread : ICpuWaker, IDisposable
     /// <summary>The processor. Its state may be read and written while the thread is parked.</summary>
     public IVcpu Vcpu { get; }
 
-    /// <summary>Waiting for INIT or SIPI, running or halted; meaningful in User mode while parked.</summary>
+    /// <summary>
+    /// Running, or waiting for INIT or a start-up IPI; meaningful in User mode while parked. Whether a running processor
+    /// has halted is <see cref="Vcpu"/>'s to know, and changes with each interrupt: it is not kept here.
+    /// </summary>
     public ActivityState Activity
     {
         get => _activity;
-        set => _activity = value;
+        set => _activity = value is ActivityState.Halted ? ActivityState.Running : value;
     }
 
     /// <summary>Exits since the start, for statistics.</summary>
@@ -295,6 +298,6 @@ internal sealed class VcpuThread : ICpuWaker, IDisposable
             _activity = ActivityState.Running;
         }
 
-        return _activity is ActivityState.Running or ActivityState.Halted;
+        return _activity is ActivityState.Running;
     }
 }

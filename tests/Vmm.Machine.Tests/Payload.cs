@@ -36,10 +36,11 @@ internal static class Payload
         };
     }
 
-    /// <summary>Keeps what a guest writes.</summary>
+    /// <summary>Keeps what a guest writes; what it reads can be typed.</summary>
     public sealed class Recorder : ICharBackend
     {
         private readonly StringBuilder _text = new();
+        private ICharReceiver? _guest;
 
         public string Text
         {
@@ -60,9 +61,9 @@ internal static class Payload
             }
         }
 
-        public void Attach(ICharReceiver receiver)
-        {
-        }
+        public void Send(byte input) => _guest!.Receive([input]);
+
+        public void Attach(ICharReceiver receiver) => _guest = receiver;
 
         public void ResumeInput()
         {

@@ -43,7 +43,8 @@ int main(int argc, char **argv)
 		if (file == NULL) {
 			return 2;
 		}
-		while (fgets(line, sizeof(line), file) != NULL) {
+		/* The guest is killed in the end, perhaps in the middle of a line. */
+		while (fgets(line, sizeof(line), file) != NULL && strchr(line, '\n') != NULL) {
 			line[strcspn(line, "\r\n")] = '\0';
 			if (strncmp(line, "count ", 6) != 0) {
 				continue;
