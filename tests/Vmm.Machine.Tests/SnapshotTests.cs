@@ -65,6 +65,70 @@ public sealed class SnapshotTests : IDisposable
         second.Run().ExitStatus.Should().Be((0x15 << 1) | 1);
     }
 
+    [Theory]
+    [MemberData(nameof(Pairs))]
+    public void Machine_SavedInHaltAndAgainAtWork_IsNotHaltedAnyMore(string from, string to)
+    {
+        // A timer of the local APIC ends the HLT; its handler never returns and looks for input with interrupts off.
+        const uint Handler = 0x100100;
+        byte[] code =
+        [
+            0x8C, 0xC8, 0xC1, 0xE0, 0x10, 0x0D, .. BitConverter.GetBytes((ushort)(Handler & 0xFFFF)), 0, 0,  // mov eax, cs ; shl eax, 16 ; or eax, handler
+            0xA3, 0, 0x01, 0x11, 0,                                     // mov [0x110100], eax          the gate of vector 0x20
+            0xC7, 0x05, 4, 0x01, 0x11, 0, 0, 0x8E, 0x10, 0,             // mov dword [0x110104], 0x108E00
+            0x66, 0xC7, 0x05, 0, 0, 0x12, 0, 0xFF, 0x07,                // mov word [0x120000], 0x7FF
+            0xC7, 0x05, 2, 0, 0x12, 0, 0, 0, 0x11, 0,                   // mov dword [0x120002], 0x110000
+            0x0F, 0x01, 0x1D, 0, 0, 0x12, 0,                            // lidt [0x120000]
+            0xB0, 0xFF, 0xE6, 0x21,                                     // mov al, 0xFF ; out 0x21, al
+            0xC7, 0x05, 0xF0, 0, 0xE0, 0xFE, 0xFF, 1, 0, 0,             // mov dword [0xFEE000F0], 0x1FF   enabled
+            0xC7, 0x05, 0xE0, 3, 0xE0, 0xFE, 0x0A, 0, 0, 0,             // mov dword [0xFEE003E0], 10      divided by 128
+            0xC7, 0x05, 0x20, 3, 0xE0, 0xFE, 0x20, 0, 0, 0,             // mov dword [0xFEE00320], 0x20    once
+            0xC7, 0x05, 0x80, 3, 0xE0, 0xFE, .. BitConverter.GetBytes(3_000_000),
+            0xB0, (byte)'a', 0x66, 0xBA, 0xF8, 0x03, 0xEE, 0xFB, 0xF4,  // mov al, 'a' ; mov dx, 0x3F8 ; out dx, al ; sti ; hlt
+        ];
+        byte[] handler =
+        [
+            0xB0, (byte)'b', 0xEE, 0x66, 0xBA, 0xFD, 0x03,              // mov al, 'b' ; out dx, al ; mov dx, 0x3FD
+            0xEC, 0xA8, 0x01, 0x74, 0xFB,                               // L: in al, dx ; test al, 1 ; jz L
+            0xB0, 0x15, 0xE6, 0xF4,                                     // mov al, 0x15 ; out 0xF4, al
+        ];
+        Array.Resize(ref code, (int)(Handler - 0x100020));
+        MachineSpec spec = Payload.Spec(_directory, [.. code, .. handler]);
+        using var halted = new MemoryStream();
+        var output = new Payload.Recorder();
+        using (Machine first = Build(spec, from, output))
+        {
+            first.Resume();
+            SpinWait.SpinUntil(() => output.Text.Length > 0, TimeSpan.FromSeconds(20)).Should().BeTrue();
+            first.Pause();
+            first.Result.Should().BeNull();
+            first.Save(halted);
+        }
+
+        // On a busy machine the timer may have come before the pause.
+        string before = output.Text;
+        halted.Position = 0;
+        using var atWork = new MemoryStream();
+        output = new Payload.Recorder();
+        using (Machine second = Build(spec, to, output))
+        {
+            second.Load(halted);
+            second.Resume();
+            SpinWait.SpinUntil(() => (before + output.Text).Contains('b'), TimeSpan.FromSeconds(20)).Should().BeTrue(second.Result?.ToString());
+            second.Pause();
+            second.Save(atWork);
+        }
+
+        atWork.Position = 0;
+        output = new Payload.Recorder();
+        using Machine third = Build(spec, from, output);
+        third.Load(atWork);
+        third.Resume();
+        output.Send((byte)'c');
+        SpinWait.SpinUntil(() => third.Result is not null, TimeSpan.FromSeconds(20)).Should().BeTrue();
+        third.Result!.ExitStatus.Should().Be((0x15 << 1) | 1, third.Result.Message);
+    }
+
     [Fact]
     public void Load_DamagedSnapshot_OnlyThrowsStateException()
     {
