@@ -375,47 +375,23 @@ vmk_irqchip_destroy(struct vmk_vm *vm)
 }
 
 int
-vmk_irqchip_get(struct vmk_vm *vm, struct abi_irqchip *a)
+vmk_irqchip_state(struct vmk_vm *vm, struct abi_irqchip *a, bool write)
 {
 	struct vmk_irqchip *ic = vm->irqchip;
 	int error = 0;
 	uint64_t s;
 
 	s = vmk_spin_enter(&ic->lock);
-	switch (a->chip_id) {
-	case ABI_IRQCHIP_PIC_MASTER: case ABI_IRQCHIP_PIC_SLAVE:
-		a->chip.pic = ic->pic.chip[a->chip_id];
-		break;
-	case ABI_IRQCHIP_IOAPIC:
-		vmk_ioapic_state_get(&ic->ioapic, &a->chip.ioapic);
-		break;
-	default:
-		error = VMK_EINVAL;
-		break;
-	}
-	vmk_spin_exit(&ic->lock, s);
-	return (error);
-}
-
-int
-vmk_irqchip_set(struct vmk_vm *vm, const struct abi_irqchip *a)
-{
-	struct vmk_irqchip *ic = vm->irqchip;
-	int error = 0;
-	uint64_t s;
-
-	s = vmk_spin_enter(&ic->lock);
-	switch (a->chip_id) {
-	case ABI_IRQCHIP_PIC_MASTER: case ABI_IRQCHIP_PIC_SLAVE:
+	if (a->chip_id <= ABI_IRQCHIP_PIC_SLAVE && write)
 		vmk_pic_state_set(vm, a->chip_id, &a->chip.pic);
-		break;
-	case ABI_IRQCHIP_IOAPIC:
-		vmk_ioapic_state_set(vm, &a->chip.ioapic);
-		break;
-	default:
+	else if (a->chip_id <= ABI_IRQCHIP_PIC_SLAVE)
+		a->chip.pic = ic->pic.chip[a->chip_id];
+	else if (a->chip_id != ABI_IRQCHIP_IOAPIC)
 		error = VMK_EINVAL;
-		break;
-	}
+	else if (write)
+		vmk_ioapic_state_set(vm, &a->chip.ioapic);
+	else
+		vmk_ioapic_state_get(&ic->ioapic, &a->chip.ioapic);
 	vmk_spin_exit(&ic->lock, s);
 	return (error);
 }

@@ -49,12 +49,18 @@ next_n(struct cursor *c, unsigned int size)
 	return (v);
 }
 
-static int64_t
-sign_extend(uint64_t v, unsigned int size)
+int64_t
+vmk_sign_extend(uint64_t v, unsigned int size)
 {
 	unsigned int shift = 64 - 8 * size;
 
 	return ((int64_t)(v << shift) >> shift);
+}
+
+static uint64_t
+immediate(struct cursor *c, unsigned int size)
+{
+	return ((uint64_t)vmk_sign_extend(next_n(c, size), size));
 }
 
 /* Prefixes, collected before the opcode. */
@@ -92,15 +98,15 @@ modrm(struct cursor *c, const struct prefix *pf, unsigned int bits,
 	in->mem = true;
 	if (in->addrsize == 2) {
 		if (mod == 0 && rm == 6) {
-			in->disp = sign_extend(next_n(c, 2), 2);
+			in->disp = vmk_sign_extend(next_n(c, 2), 2);
 		} else {
 			in->base = rm16_base[rm];
 			in->index = rm16_index[rm];
 			stack = in->base == VMK_RBP;
 			if (mod == 1)
-				in->disp = sign_extend(next8(c), 1);
+				in->disp = vmk_sign_extend(next8(c), 1);
 			else if (mod == 2)
-				in->disp = sign_extend(next_n(c, 2), 2);
+				in->disp = vmk_sign_extend(next_n(c, 2), 2);
 		}
 	} else {
 		unsigned int base = rm;
@@ -117,15 +123,15 @@ modrm(struct cursor *c, const struct prefix *pf, unsigned int bits,
 			}
 		}
 		if (mod == 0 && base == 5) {
-			in->disp = sign_extend(next_n(c, 4), 4);
+			in->disp = vmk_sign_extend(next_n(c, 4), 4);
 			in->riprel = rm == 5 && bits == 64;
 		} else {
 			in->base = (uint8_t)(base | ((pf->rex & 1) << 3));
 			stack = in->base == VMK_RSP || in->base == VMK_RBP;
 			if (mod == 1)
-				in->disp = sign_extend(next8(c), 1);
+				in->disp = vmk_sign_extend(next8(c), 1);
 			else if (mod == 2)
-				in->disp = sign_extend(next_n(c, 4), 4);
+				in->disp = vmk_sign_extend(next_n(c, 4), 4);
 		}
 	}
 	if (pf->seg < 0 && stack)
@@ -249,7 +255,7 @@ one_byte(struct cursor *c, const struct prefix *pf, unsigned int bits,
 		in->alu = in->reg & 7;
 		if (op == 0x83)
 			immsize = 1;
-		in->imm = (uint64_t)sign_extend(next_n(c, immsize), immsize);
+		in->imm = immediate(c, immsize);
 		in->op = VMK_OP_ALU_IMM;
 		return (0);
 	case 0x84: case 0x85: case 0x86: case 0x87:
@@ -286,7 +292,7 @@ one_byte(struct cursor *c, const struct prefix *pf, unsigned int bits,
 		modrm(c, pf, bits, in);
 		if ((in->reg & 7) != 0)
 			return (VMK_EINVAL);
-		in->imm = (uint64_t)sign_extend(next_n(c, immsize), immsize);
+		in->imm = immediate(c, immsize);
 		in->op = VMK_OP_MOV_IMM;
 		return (0);
 	case 0xe4: case 0xe5: case 0xe6: case 0xe7:
@@ -300,11 +306,12 @@ one_byte(struct cursor *c, const struct prefix *pf, unsigned int bits,
 		modrm(c, pf, bits, in);
 		switch (in->reg & 7) {
 		case 0: case 1:
-			in->imm = (uint64_t)sign_extend(next_n(c, immsize),
-			    immsize);
+			in->imm = immediate(c, immsize);
 			in->op = VMK_OP_TEST_IMM;
 			return (0);
 		case 2:
+			in->alu = VMK_XOR;
+			in->imm = ~0ULL;
 			in->op = VMK_OP_NOT;
 			return (0);
 		case 3:
@@ -317,6 +324,8 @@ one_byte(struct cursor *c, const struct prefix *pf, unsigned int bits,
 		modrm(c, pf, bits, in);
 		if ((in->reg & 7) > 1)
 			return (VMK_EINVAL);
+		in->alu = (in->reg & 7) == 0 ? VMK_ADD : VMK_SUB;
+		in->imm = 1;
 		in->op = (in->reg & 7) == 0 ? VMK_OP_INC : VMK_OP_DEC;
 		return (0);
 	default:

@@ -71,4 +71,6 @@ struct vmk_insn {
 int	vmk_decode(const uint8_t *bytes, unsigned int n, unsigned int bits,
 	    struct vmk_insn *insn);
 
+int64_t	vmk_sign_extend(uint64_t v, unsigned int size);
+
 #endif /* !VMK_DECODE_H */

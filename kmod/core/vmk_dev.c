@@ -408,7 +408,7 @@ get_irqchip(struct vmk_vm *vm, uint64_t arg, struct abi_irqchip *a)
 		return (VMK_ENXIO);
 	memset(a, 0, sizeof(*a));
 	a->chip_id = chip;
-	error = vmk_irqchip_get(vm, a);
+	error = vmk_irqchip_state(vm, a, false);
 	return (error != 0 ? error : vmk_copyout(a, arg, sizeof(*a)));
 }
 
@@ -528,7 +528,8 @@ vm_locked(struct vmk_vm *vm, uint32_t request, uint64_t arg, union vm_arg *u,
 	case ABI_GET_IRQCHIP:
 		return (get_irqchip(vm, arg, &u->irqchip));
 	case ABI_SET_IRQCHIP:
-		return (kernel ? vmk_irqchip_set(vm, &u->irqchip) : VMK_ENXIO);
+		return (kernel ? vmk_irqchip_state(vm, &u->irqchip, true) :
+		    VMK_ENXIO);
 	case ABI_CREATE_PIT:
 		return (kernel ? vmk_pit_create(vm, 0) : VMK_EINVAL);
 	case ABI_CREATE_PIT2:

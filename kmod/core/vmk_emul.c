@@ -90,12 +90,6 @@ gpr_write(struct vmk_vcpu *vcpu, unsigned int reg, bool high8,
 		vcpu->gpr[reg] = (vcpu->gpr[reg] & ~m) | (v & m);
 }
 
-static void
-reg_write(struct vmk_vcpu *vcpu, const struct vmk_insn *in, uint64_t v)
-{
-	gpr_write(vcpu, in->reg, in->high8, in->opsize, v);
-}
-
 /* ---- paging ------------------------------------------------------------ */
 
 #define	PTE_P	0x001ULL
@@ -568,25 +562,29 @@ string_commit(struct vmk_vcpu *vcpu, uint32_t n)
 		vmk_advance(vcpu, vcpu->em.next_rip);
 }
 
+static bool
+is_string(const struct vmk_insn *in)
+{
+	return (in->op == VMK_OP_STOS || in->op == VMK_OP_MOVS ||
+	    in->op == VMK_OP_LODS);
+}
+
 static void
 emul_commit(struct vmk_vcpu *vcpu)
 {
 	struct vmk_emul *em = &vcpu->em;
 
 	em->pending = VMK_PEND_NONE;
-	switch (em->insn.op) {
-	case VMK_OP_STOS: case VMK_OP_MOVS: case VMK_OP_LODS:
+	if (em->set_reg)
+		gpr_write(vcpu, em->insn.reg, em->insn.high8, em->insn.opsize,
+		    em->reg_value);
+	if (em->set_flags)
+		vcpu->rflags = (vcpu->rflags & ~RFLAGS_ARITH) |
+		    (em->flags & RFLAGS_ARITH);
+	if (is_string(&em->insn))
 		string_commit(vcpu, 1);
-		break;
-	default:
-		if (em->set_reg)
-			reg_write(vcpu, &em->insn, em->reg_value);
-		if (em->set_flags)
-			vcpu->rflags = (vcpu->rflags & ~RFLAGS_ARITH) |
-			    (em->flags & RFLAGS_ARITH);
+	else
 		vmk_advance(vcpu, em->next_rip);
-		break;
-	}
 }
 
 static enum vmk_next
@@ -628,94 +626,108 @@ emul_lost(struct vmk_vcpu *vcpu)
 	return (vmk_exit_emulation(vcpu, bytes, n));
 }
 
+/* What an operation does with its operand, and whether flags follow. */
+#define	RD	1U
+#define	WR	2U
+#define	FL	4U
+static const uint8_t operation[] = {
+	[VMK_OP_MOV_STORE] = WR, [VMK_OP_MOV_LOAD] = RD, [VMK_OP_MOV_IMM] = WR,
+	[VMK_OP_MOVZX] = RD, [VMK_OP_MOVSX] = RD, [VMK_OP_STOS] = WR,
+	[VMK_OP_MOVS] = RD, [VMK_OP_LODS] = RD, [VMK_OP_ALU_LOAD] = RD | FL,
+	[VMK_OP_ALU_STORE] = RD | WR | FL, [VMK_OP_ALU_IMM] = RD | WR | FL,
+	[VMK_OP_TEST] = RD | FL, [VMK_OP_TEST_IMM] = RD | FL,
+	[VMK_OP_XCHG] = RD | WR, [VMK_OP_NOT] = RD | WR,
+	[VMK_OP_NEG] = RD | WR | FL, [VMK_OP_INC] = RD | WR | FL,
+	[VMK_OP_DEC] = RD | WR | FL, [VMK_OP_BIT_IMM] = RD | WR | FL,
+};
+
+static unsigned int
+operand_use(const struct vmk_insn *in)
+{
+	unsigned int use = in->op < VMK_ARRAY_LEN(operation) ?
+	    operation[in->op] : 0;
+
+	/* CMP and BT only look. */
+	if (((in->op == VMK_OP_ALU_STORE || in->op == VMK_OP_ALU_IMM) &&
+	    in->alu == VMK_CMP) || (in->op == VMK_OP_BIT_IMM && in->alu == 0))
+		use &= ~WR;
+	return (use);
+}
+
+/* MOVS' source is read; the destination is always ES:DI. */
+static enum vmk_next
+movs_write(struct vmk_vcpu *vcpu)
+{
+	struct vmk_emul *em = &vcpu->em;
+	const struct vmk_insn *in = &em->insn;
+
+	switch (operand(vcpu, VMK_ES, vcpu->gpr[VMK_RDI] &
+	    size_mask(in->addrsize), in->memsize, true)) {
+	case TR_OK:
+		return (emul_write(vcpu));
+	case TR_FAULT:
+		em->pending = VMK_PEND_NONE;
+		return (VMK_RUN_AGAIN);
+	default:
+		return (emul_lost(vcpu));
+	}
+}
+
 /* The operand is in em->data: compute, then write back or commit. */
 static enum vmk_next
 emul_step(struct vmk_vcpu *vcpu)
 {
 	struct vmk_emul *em = &vcpu->em;
 	const struct vmk_insn *in = &em->insn;
-	uint64_t v = 0, r;
-	bool write = false;
+	unsigned int use = operand_use(in);
+	uint64_t v = 0, bit;
 
 	memcpy(&v, em->data, in->memsize);
 	em->flags = vcpu->rflags;
+	em->set_flags = (use & FL) != 0;
 	switch (in->op) {
-	case VMK_OP_MOV_LOAD: case VMK_OP_MOVZX:
+	case VMK_OP_MOV_LOAD: case VMK_OP_MOVZX: case VMK_OP_MOVSX:
+	case VMK_OP_LODS: case VMK_OP_XCHG:
 		em->set_reg = true;
-		em->reg_value = v;
+		em->reg_value = in->op == VMK_OP_MOVSX ?
+		    (uint64_t)vmk_sign_extend(v, in->memsize) : v;
+		if (in->op == VMK_OP_XCHG)
+			v = reg_read(vcpu, in);
 		break;
-	case VMK_OP_MOVSX:
-		em->set_reg = true;
-		em->reg_value = (uint64_t)((int64_t)(v <<
-		    (64 - 8 * in->memsize)) >> (64 - 8 * in->memsize));
-		break;
+	case VMK_OP_MOVS:
+		return (movs_write(vcpu));
 	case VMK_OP_ALU_LOAD:
 		em->reg_value = vmk_alu(in->alu, reg_read(vcpu, in), v,
 		    in->memsize, &em->flags);
 		em->set_reg = in->alu != VMK_CMP;
-		em->set_flags = true;
 		break;
-	case VMK_OP_ALU_STORE: case VMK_OP_ALU_IMM:
-		r = in->op == VMK_OP_ALU_IMM ? in->imm : reg_read(vcpu, in);
-		v = vmk_alu(in->alu, v, r, in->memsize, &em->flags);
-		em->set_flags = true;
-		write = in->alu != VMK_CMP;
+	case VMK_OP_ALU_STORE:
+		v = vmk_alu(in->alu, v, reg_read(vcpu, in), in->memsize,
+		    &em->flags);
+		break;
+	case VMK_OP_ALU_IMM: case VMK_OP_NOT: case VMK_OP_INC: case VMK_OP_DEC:
+		v = vmk_alu(in->alu, v, in->imm, in->memsize, &em->flags);
+		if (in->op == VMK_OP_INC || in->op == VMK_OP_DEC)
+			em->flags = (em->flags & ~RFLAGS_CF) |
+			    (vcpu->rflags & RFLAGS_CF);
 		break;
 	case VMK_OP_TEST: case VMK_OP_TEST_IMM:
-		r = in->op == VMK_OP_TEST_IMM ? in->imm : reg_read(vcpu, in);
-		(void)vmk_alu(VMK_AND, v, r, in->memsize, &em->flags);
-		em->set_flags = true;
-		break;
-	case VMK_OP_XCHG:
-		em->set_reg = true;
-		em->reg_value = v;
-		v = reg_read(vcpu, in);
-		write = true;
-		break;
-	case VMK_OP_NOT:
-		v = ~v;
-		write = true;
+		(void)vmk_alu(VMK_AND, v, in->op == VMK_OP_TEST_IMM ?
+		    in->imm : reg_read(vcpu, in), in->memsize, &em->flags);
 		break;
 	case VMK_OP_NEG:
 		v = vmk_alu(VMK_SUB, 0, v, in->memsize, &em->flags);
-		em->set_flags = true;
-		write = true;
-		break;
-	case VMK_OP_INC: case VMK_OP_DEC:
-		v = vmk_alu(in->op == VMK_OP_INC ? VMK_ADD : VMK_SUB, v, 1,
-		    in->memsize, &em->flags);
-		em->flags = (em->flags & ~RFLAGS_CF) |
-		    (vcpu->rflags & RFLAGS_CF);
-		em->set_flags = true;
-		write = true;
 		break;
 	case VMK_OP_BIT_IMM:
-		r = 1ULL << (in->imm & (8U * in->memsize - 1));
+		bit = 1ULL << (in->imm & (8U * in->memsize - 1));
 		em->flags = (em->flags & ~RFLAGS_CF) |
-		    ((v & r) != 0 ? RFLAGS_CF : 0);
-		em->set_flags = true;
-		write = in->alu != 0;
-		v = in->alu == 1 ? v | r : in->alu == 2 ? v & ~r : v ^ r;
+		    ((v & bit) != 0 ? RFLAGS_CF : 0);
+		v = in->alu == 1 ? v | bit : in->alu == 2 ? v & ~bit : v ^ bit;
 		break;
-	case VMK_OP_LODS:
-		gpr_write(vcpu, VMK_RAX, false, in->opsize, v);
-		break;
-	case VMK_OP_MOVS:
-		/* The source is read; the destination is always ES:DI. */
-		switch (operand(vcpu, VMK_ES, vcpu->gpr[VMK_RDI] &
-		    size_mask(in->addrsize), in->memsize, true)) {
-		case TR_OK:
-			return (emul_write(vcpu));
-		case TR_FAULT:
-			em->pending = VMK_PEND_NONE;
-			return (VMK_RUN_AGAIN);
-		default:
-			return (emul_lost(vcpu));
-		}
 	default:
 		return (emul_lost(vcpu));
 	}
-	if (write) {
+	if ((use & WR) != 0) {
 		memcpy(em->data, &v, in->memsize);
 		em->cur = 0;
 		return (emul_write(vcpu));
@@ -724,71 +736,37 @@ emul_step(struct vmk_vcpu *vcpu)
 	return (VMK_RUN_AGAIN);
 }
 
-/* Does it read the operand, write it, or both? */
-static void
-operand_use(const struct vmk_insn *in, bool *rd, bool *wr)
-{
-	switch (in->op) {
-	case VMK_OP_MOV_STORE: case VMK_OP_MOV_IMM: case VMK_OP_STOS:
-		*rd = false;
-		*wr = true;
-		break;
-	case VMK_OP_ALU_STORE: case VMK_OP_ALU_IMM:
-		*rd = true;
-		*wr = in->alu != VMK_CMP;
-		break;
-	case VMK_OP_BIT_IMM:
-		*rd = true;
-		*wr = in->alu != 0;
-		break;
-	case VMK_OP_XCHG: case VMK_OP_NOT: case VMK_OP_NEG: case VMK_OP_INC:
-	case VMK_OP_DEC:
-		*rd = *wr = true;
-		break;
-	default:
-		*rd = true;
-		*wr = false;
-		break;
-	}
-}
-
 enum vmk_next
 vmk_emul_mmio(struct vmk_vcpu *vcpu)
 {
 	struct vmk_emul *em = &vcpu->em;
 	struct vmk_insn *in = &em->insn;
-	enum vmk_seg seg;
+	bool stos;
 	enum vmk_next next;
+	unsigned int use;
 	uint64_t off, v;
-	bool rd, wr;
 
 	if (!fetch_decode(vcpu, in, &next))
 		return (next);
 	em->set_reg = em->set_flags = false;
 	memset(em->data, 0, sizeof(em->data));
 	/* Port strings fault through vmk_emul_io(); the rest has no operand. */
-	if (!in->mem || in->op == VMK_OP_OTHER || in->op >= VMK_OP_MOV_TO_CR ||
-	    in->op == VMK_OP_INS || in->op == VMK_OP_OUTS)
+	use = operand_use(in);
+	if (!in->mem || use == 0)
 		return (emul_lost(vcpu));
-	seg = (enum vmk_seg)in->seg;
-	switch (in->op) {
-	case VMK_OP_STOS: case VMK_OP_MOVS: case VMK_OP_LODS:
-		if (in->rep && (vcpu->gpr[VMK_RCX] &
-		    size_mask(in->addrsize)) == 0) {
-			vmk_advance(vcpu, em->next_rip);
-			return (VMK_RUN_AGAIN);
-		}
-		if (in->op == VMK_OP_STOS)
-			seg = VMK_ES;
-		off = vcpu->gpr[in->op == VMK_OP_STOS ? VMK_RDI : VMK_RSI] &
-		    size_mask(in->addrsize);
-		break;
-	default:
+	stos = in->op == VMK_OP_STOS;
+	if (!is_string(in)) {
 		off = effective(vcpu, in);
-		break;
+	} else if (in->rep &&
+	    (vcpu->gpr[VMK_RCX] & size_mask(in->addrsize)) == 0) {
+		vmk_advance(vcpu, em->next_rip);
+		return (VMK_RUN_AGAIN);
+	} else {
+		off = vcpu->gpr[stos ? VMK_RDI : VMK_RSI] &
+		    size_mask(in->addrsize);
 	}
-	operand_use(in, &rd, &wr);
-	switch (operand(vcpu, seg, off, in->memsize, wr)) {
+	switch (operand(vcpu, stos ? VMK_ES : (enum vmk_seg)in->seg, off,
+	    in->memsize, (use & WR) != 0)) {
 	case TR_OK:
 		break;
 	case TR_FAULT:
@@ -796,10 +774,9 @@ vmk_emul_mmio(struct vmk_vcpu *vcpu)
 	default:
 		return (emul_lost(vcpu));
 	}
-	if (rd)
+	if ((use & RD) != 0)
 		return (emul_read(vcpu));
-	v = in->op == VMK_OP_MOV_IMM ? in->imm :
-	    in->op == VMK_OP_STOS ? vcpu->gpr[VMK_RAX] : reg_read(vcpu, in);
+	v = in->op == VMK_OP_MOV_IMM ? in->imm : reg_read(vcpu, in);
 	memcpy(em->data, &v, in->memsize);
 	return (emul_write(vcpu));
 }

@@ -106,8 +106,7 @@ int	vmk_irqfd(struct vmk_vm *, const struct abi_irqfd *);
 int	vmk_lapic_get(struct vmk_vcpu *, struct abi_lapic_state *);
 int	vmk_lapic_set(struct vmk_vcpu *, const struct abi_lapic_state *);
 /* chip_id is set by the caller and checked here. */
-int	vmk_irqchip_get(struct vmk_vm *, struct abi_irqchip *);
-int	vmk_irqchip_set(struct vmk_vm *, const struct abi_irqchip *);
+int	vmk_irqchip_state(struct vmk_vm *, struct abi_irqchip *, bool write);
 int	vmk_pit_get(struct vmk_vm *, struct abi_pit_state2 *);
 int	vmk_pit_set(struct vmk_vm *, const struct abi_pit_state2 *);
 int	vmk_pit_reinject(struct vmk_vm *, const struct abi_reinject_control *);

@@ -3,7 +3,8 @@
  * vmk_msr.c: model-specific and control registers.
  *
  * Theory.  Every RDMSR and WRMSR leaves the guest and comes here (the
- * permission maps deny all); what is not in the switch below raises #GP.
+ * permission maps deny all); what is not in the table below, nor in the two
+ * switches behind it, raises #GP.
  * KVM_GET_MSRS and KVM_SET_MSRS use the same functions with host set, which
  * opens what only a VMM may write.
  *
@@ -39,7 +40,6 @@
 #define	MSR_MTRR_FIX4K		0x268
 #define	MSR_PAT			0x277
 #define	MSR_MTRR_DEFTYPE	0x2ff
-#define	MSR_MC0_CTL		0x400
 #define	MSR_TSC_DEADLINE	0x6e0
 #define	MSR_X2APIC_FIRST	0x800
 #define	MSR_X2APIC_LAST		0x8ff
@@ -161,120 +161,146 @@ vmk_set_xcr0(struct vmk_vcpu *vcpu, uint32_t index, uint64_t v)
 	return (0);
 }
 
-/* ---- storage-only registers -------------------------------------------- */
+/* ---- the table --------------------------------------------------------- */
 
 static bool
-mtrr_type_ok(unsigned int t)
+memory_type_ok(unsigned int t)
 {
 	return (t == 0 || t == 1 || t == 4 || t == 5 || t == 6);
 }
 
+/* What may be written. */
+enum msr_rule { ANY, NEVER, ADDRESS, LOW_HALF, TYPES, VARIABLE, DEFAULT_TYPE,
+	STATUS, ALL_OR_NONE, CLOCK };
+
 static bool
-pat_ok(uint64_t v)
+may_write(enum msr_rule rule, uint32_t msr, uint64_t v, bool host)
+{
+	uint8_t type;
+	unsigned int i;
+
+	switch (rule) {
+	case ANY: case LOW_HALF:
+		return (true);
+	case ADDRESS:
+		return (vmk_canonical(v));
+	case TYPES:			/* eight of them; in PAT also UC- */
+		for (i = 0; i < 8; i++) {
+			type = (uint8_t)(v >> (8 * i));
+			if (!memory_type_ok(type) &&
+			    (msr != MSR_PAT || type != 7))
+				return (false);
+		}
+		return (true);
+	case VARIABLE:			/* bases have a type, masks none */
+		return ((msr & 1) != 0 || memory_type_ok(v & 0xff));
+	case DEFAULT_TYPE:
+		return ((v & ~0xcffULL) == 0 && memory_type_ok(v & 0xff));
+	case STATUS:			/* a guest may clear it */
+		return (host || v == 0);
+	case ALL_OR_NONE:
+		return (v == 0 || v == ~0ULL);
+	case CLOCK:
+		return (host && v == 0);
+	default:
+		return (false);
+	}
+}
+
+/*
+ * Registers that are only a value: held by the processor extension, in a
+ * field of struct vmk_vcpu, or zero whatever is written.  Others have code
+ * of their own below.
+ */
+enum msr_place { IN_CREG, IN_VCPU, IS_ZERO };
+static const struct msr {
+	uint32_t	first, count;
+	enum msr_place	place;
+	uint32_t	at;		/* enum vmk_creg, or offset */
+	enum msr_rule	rule;
+} table[] = {
+#define	CREG(msr, r, rule)	{ msr, 1, IN_CREG, r, rule }
+#define	VCPU(msr, n, field, rule)					\
+	{ msr, n, IN_VCPU, offsetof(struct vmk_vcpu, field), rule }
+#define	ZERO(msr, rule)		{ msr, 1, IS_ZERO, 0, rule }
+	CREG(MSR_SYSENTER_CS, VMK_SYSENTER_CS, LOW_HALF),
+	CREG(MSR_SYSENTER_ESP, VMK_SYSENTER_ESP, ADDRESS),
+	CREG(MSR_SYSENTER_EIP, VMK_SYSENTER_EIP, ADDRESS),
+	CREG(MSR_STAR, VMK_STAR, ANY),
+	CREG(MSR_LSTAR, VMK_LSTAR, ADDRESS),
+	CREG(MSR_CSTAR, VMK_CSTAR, ADDRESS),
+	CREG(MSR_SFMASK, VMK_SFMASK, LOW_HALF),
+	CREG(MSR_KERNEL_GS, VMK_KERNEL_GS, ADDRESS),
+	CREG(MSR_PAT, VMK_PAT, TYPES),
+	VCPU(MSR_MTRR_VAR, 2 * MTRR_VCNT, mtrr_var, VARIABLE),
+	VCPU(MSR_MTRR_FIX64K, 1, mtrr_fix[0], TYPES),
+	VCPU(MSR_MTRR_FIX16K, 2, mtrr_fix[1], TYPES),
+	VCPU(MSR_MTRR_FIX4K, 8, mtrr_fix[3], TYPES),
+	VCPU(MSR_MTRR_DEFTYPE, 1, mtrr_def_type, DEFAULT_TYPE),
+	VCPU(MSR_MISC_ENABLE, 1, misc_enable, ANY),
+	VCPU(MSR_MCG_STATUS, 1, mcg_status, STATUS),
+	VCPU(MSR_MCG_CTL, 1, mcg_ctl, ALL_OR_NONE),
+	ZERO(MSR_MCG_CAP, NEVER),		/* no banks */
+	ZERO(MSR_PLATFORM_ID, NEVER),
+	/* No such clock; QEMU 7.2 saves and restores it anyway. */
+	ZERO(MSR_KVM_WALL_CLOCK, CLOCK), ZERO(MSR_KVM_SYSTEM_TIME, CLOCK),
+	/* Writable on hardware. */
+	ZERO(MSR_UCODE_REV, ANY), ZERO(MSR_DEBUGCTL, ANY),
+	ZERO(MSR_AMD_SYSCFG, ANY), ZERO(MSR_AMD_HWCR, ANY),
+	ZERO(MSR_AMD_NB_CFG, ANY), ZERO(MSR_AMD_INT_PENDING, ANY),
+	ZERO(MSR_AMD_MMIO_CFG, ANY), ZERO(MSR_AMD_DE_CFG, ANY),
+};
+
+static const struct msr *
+lookup(uint32_t msr)
 {
 	unsigned int i;
 
-	for (i = 0; i < 8; i++, v >>= 8)
-		if (!mtrr_type_ok(v & 0xff) && (v & 0xff) != 7)
-			return (false);
-	return (true);
-}
-
-/* Find the storage of an MTRR or machine-check bank register. */
-static uint64_t *
-stored(struct vmk_vcpu *vcpu, uint32_t msr, bool host)
-{
-	/* A VMM may fill banks that it does not show to the guest. */
-	uint32_t banks = host ? 32 : (uint32_t)(vcpu->mcg_cap & 0xff);
-
-	if (msr >= MSR_MTRR_VAR && msr < MSR_MTRR_VAR + 2 * MTRR_VCNT)
-		return (&vcpu->mtrr_var[msr - MSR_MTRR_VAR]);
-	if (msr == MSR_MTRR_FIX64K)
-		return (&vcpu->mtrr_fix[0]);
-	if (msr == MSR_MTRR_FIX16K || msr == MSR_MTRR_FIX16K + 1)
-		return (&vcpu->mtrr_fix[1 + msr - MSR_MTRR_FIX16K]);
-	if (msr >= MSR_MTRR_FIX4K && msr < MSR_MTRR_FIX4K + 8)
-		return (&vcpu->mtrr_fix[3 + msr - MSR_MTRR_FIX4K]);
-	if (msr >= MSR_MC0_CTL && msr - MSR_MC0_CTL < 4 * banks)
-		return (&vcpu->mc_bank[msr - MSR_MC0_CTL]);
+	for (i = 0; i < VMK_ARRAY_LEN(table); i++)
+		if (msr - table[i].first < table[i].count)
+			return (&table[i]);
 	return (NULL);
 }
 
-static int
-stored_set(struct vmk_vcpu *vcpu, uint32_t msr, uint64_t v, bool host)
+static uint64_t *
+field_of(struct vmk_vcpu *vcpu, const struct msr *m, uint32_t msr)
 {
-	uint64_t *p = stored(vcpu, msr, host);
-	unsigned int i;
-
-	if (p == NULL)
-		return (VMK_EINVAL);
-	if (msr >= MSR_MC0_CTL) {
-		/* A guest may clear a status, not make one up. */
-		if (!host && (msr & 3) != 0 && v != 0)
-			return (VMK_EINVAL);
-	} else if (msr >= MSR_MTRR_FIX64K) {
-		for (i = 0; i < 8; i++)
-			if (!mtrr_type_ok((v >> (8 * i)) & 0xff))
-				return (VMK_EINVAL);
-	} else if ((msr & 1) == 0 && !mtrr_type_ok(v & 0xff)) {
-		return (VMK_EINVAL);
-	}
-	*p = v;
-	return (0);
+	return ((uint64_t *)(void *)((uint8_t *)vcpu + m->at) +
+	    (msr - m->first));
 }
 
 /* ---- the two entry points ---------------------------------------------- */
 
-/* Registers that the processor extension holds. */
-static int
-creg_of(uint32_t msr)
-{
-	switch (msr) {
-	case MSR_SYSENTER_CS:
-		return (VMK_SYSENTER_CS);
-	case MSR_SYSENTER_ESP:
-		return (VMK_SYSENTER_ESP);
-	case MSR_SYSENTER_EIP:
-		return (VMK_SYSENTER_EIP);
-	case MSR_STAR:
-		return (VMK_STAR);
-	case MSR_LSTAR:
-		return (VMK_LSTAR);
-	case MSR_CSTAR:
-		return (VMK_CSTAR);
-	case MSR_SFMASK:
-		return (VMK_SFMASK);
-	case MSR_KERNEL_GS:
-		return (VMK_KERNEL_GS);
-	case MSR_PAT:
-		return (VMK_PAT);
-	default:
-		return (-1);
-	}
-}
-
 static bool
-is_lapic_msr(uint32_t msr)
+is_lapic_msr(struct vmk_vcpu *vcpu, uint32_t msr)
 {
 	return (msr == MSR_TSC_DEADLINE ||
-	    (msr >= MSR_X2APIC_FIRST && msr <= MSR_X2APIC_LAST));
+	    (msr >= MSR_X2APIC_FIRST && msr <= MSR_X2APIC_LAST) ||
+	    (msr == MSR_APICBASE && vcpu->lapic != NULL));
+}
+
+static int
+lapic_msr(struct vmk_vcpu *vcpu, uint32_t msr, uint64_t *v, bool write,
+    bool host)
+{
+	return (vcpu->lapic != NULL &&
+	    vmk_lapic_msr(vcpu, msr, v, write, host) == 0 ? 0 : VMK_EINVAL);
 }
 
 int
 vmk_msr_get(struct vmk_vcpu *vcpu, uint32_t msr, uint64_t *v, bool host)
 {
+	const struct msr *m = lookup(msr);
 	struct vmk_segment seg;
-	uint64_t *p;
-	int r = creg_of(msr);
 
-	if (r >= 0) {
-		*v = vmk_arch->get_creg(vcpu, (enum vmk_creg)r);
-		return (0);
+	if (m != NULL) {
+		*v = m->place == IN_CREG ?
+		    vmk_arch->get_creg(vcpu, (enum vmk_creg)m->at) :
+		    m->place == IN_VCPU ? *field_of(vcpu, m, msr) : 0;
+		return (m->rule == CLOCK && !host ? VMK_EINVAL : 0);
 	}
-	if (is_lapic_msr(msr) || (msr == MSR_APICBASE && vcpu->lapic != NULL))
-		return (vcpu->lapic != NULL &&
-		    vmk_lapic_msr(vcpu, msr, v, false, host) == 0 ?
-		    0 : VMK_EINVAL);
+	if (is_lapic_msr(vcpu, msr))
+		return (lapic_msr(vcpu, msr, v, false, host));
 	switch (msr) {
 	case MSR_TSC:
 		*v = rdtsc() + vcpu->tsc_offset;
@@ -296,99 +322,54 @@ vmk_msr_get(struct vmk_vcpu *vcpu, uint32_t msr, uint64_t *v, bool host)
 	case MSR_MTRRCAP:
 		*v = 0x500 | MTRR_VCNT;		/* WC, fixed ranges */
 		return (0);
-	case MSR_MTRR_DEFTYPE:
-		*v = vcpu->mtrr_def_type;
-		return (0);
-	case MSR_MISC_ENABLE:
-		*v = vcpu->misc_enable;
-		return (0);
-	case MSR_MCG_CAP:
-		*v = vcpu->mcg_cap;
-		return (0);
-	case MSR_MCG_STATUS:
-		*v = vcpu->mcg_status;
-		return (0);
-	case MSR_MCG_CTL:
-		*v = vcpu->mcg_ctl;
-		return (0);
-	case MSR_KVM_WALL_CLOCK: case MSR_KVM_SYSTEM_TIME:
-		/* No such clock; QEMU 7.2 saves and restores it anyway. */
-		*v = 0;
-		return (host ? 0 : VMK_EINVAL);
-	case MSR_PLATFORM_ID: case MSR_UCODE_REV: case MSR_DEBUGCTL:
-	case MSR_AMD_SYSCFG: case MSR_AMD_HWCR: case MSR_AMD_NB_CFG:
-	case MSR_AMD_INT_PENDING: case MSR_AMD_MMIO_CFG: case MSR_AMD_DE_CFG:
-		*v = 0;
-		return (0);
 	default:
-		p = stored(vcpu, msr, host);
-		if (p == NULL)
-			return (VMK_EINVAL);
-		*v = *p;
-		return (0);
+		return (VMK_EINVAL);
 	}
 }
 
+/* SDM 3B 17.17.3: a guest's write of one of the two moves the other. */
 static int
-tsc_write(struct vmk_vcpu *vcpu, uint64_t v, bool host)
+tsc_write(struct vmk_vcpu *vcpu, uint64_t offset, uint64_t adjust)
 {
-	uint64_t offset = v - rdtsc();
-
-	/* SDM 3B 17.17.3: a guest's write moves TSC_ADJUST along. */
-	if (!host)
-		vcpu->tsc_adjust += offset - vcpu->tsc_offset;
+	vcpu->tsc_adjust = adjust;
+	if (offset == vcpu->tsc_offset)
+		return (0);
 	vcpu->tsc_offset = offset;
 	if (vcpu->lapic != NULL)
 		vmk_lapic_tsc_changed(vcpu);
 	return (0);
 }
 
-static int
-creg_write(struct vmk_vcpu *vcpu, enum vmk_creg r, uint64_t v)
-{
-	switch (r) {
-	case VMK_LSTAR: case VMK_CSTAR: case VMK_KERNEL_GS:
-	case VMK_SYSENTER_ESP: case VMK_SYSENTER_EIP:
-		if (!vmk_canonical(v))
-			return (VMK_EINVAL);
-		break;
-	case VMK_SFMASK: case VMK_SYSENTER_CS:
-		v &= 0xffffffffULL;
-		break;
-	case VMK_PAT:
-		if (!pat_ok(v))
-			return (VMK_EINVAL);
-		break;
-	default:
-		break;
-	}
-	vmk_arch->set_creg(vcpu, r, v);
-	return (0);
-}
-
 int
 vmk_msr_set(struct vmk_vcpu *vcpu, uint32_t msr, uint64_t v, bool host)
 {
+	const struct msr *m = lookup(msr);
 	struct vmk_segment seg;
-	int r = creg_of(msr);
+	enum vmk_seg n;
+	uint64_t moved;
 
-	if (r >= 0)
-		return (creg_write(vcpu, (enum vmk_creg)r, v));
-	if (is_lapic_msr(msr) || (msr == MSR_APICBASE && vcpu->lapic != NULL))
-		return (vcpu->lapic != NULL &&
-		    vmk_lapic_msr(vcpu, msr, &v, true, host) == 0 ?
-		    0 : VMK_EINVAL);
+	if (m != NULL) {
+		if (!may_write(m->rule, msr, v, host))
+			return (VMK_EINVAL);
+		if (m->rule == LOW_HALF)
+			v = (uint32_t)v;
+		if (m->place == IN_CREG)
+			vmk_arch->set_creg(vcpu, (enum vmk_creg)m->at, v);
+		else if (m->place == IN_VCPU)
+			*field_of(vcpu, m, msr) = v;
+		return (0);
+	}
+	if (is_lapic_msr(vcpu, msr))
+		return (lapic_msr(vcpu, msr, &v, true, host));
 	switch (msr) {
 	case MSR_TSC:
-		return (tsc_write(vcpu, v, host));
+		moved = v - rdtsc() - vcpu->tsc_offset;
+		return (tsc_write(vcpu, vcpu->tsc_offset + moved,
+		    vcpu->tsc_adjust + (host ? 0 : moved)));
 	case MSR_TSC_ADJUST:
-		if (!host) {
-			vcpu->tsc_offset += v - vcpu->tsc_adjust;
-			if (vcpu->lapic != NULL)
-				vmk_lapic_tsc_changed(vcpu);
-		}
-		vcpu->tsc_adjust = v;
-		return (0);
+		moved = v - vcpu->tsc_adjust;
+		return (tsc_write(vcpu, vcpu->tsc_offset + (host ? 0 : moved),
+		    v));
 	case MSR_APICBASE:
 		if ((v >> 48) != 0 || (v & 0x6ff) != 0)
 			return (VMK_EINVAL);
@@ -399,37 +380,12 @@ vmk_msr_set(struct vmk_vcpu *vcpu, uint32_t msr, uint64_t v, bool host)
 	case MSR_FS_BASE: case MSR_GS_BASE:
 		if (!vmk_canonical(v))
 			return (VMK_EINVAL);
-		r = msr == MSR_FS_BASE ? VMK_FS : VMK_GS;
-		vmk_arch->get_seg(vcpu, (enum vmk_seg)r, &seg);
+		n = msr == MSR_FS_BASE ? VMK_FS : VMK_GS;
+		vmk_arch->get_seg(vcpu, n, &seg);
 		seg.base = v;
-		vmk_arch->set_seg(vcpu, (enum vmk_seg)r, &seg);
-		return (0);
-	case MSR_MTRR_DEFTYPE:
-		if ((v & ~0xcffULL) != 0 || !mtrr_type_ok(v & 0xff))
-			return (VMK_EINVAL);
-		vcpu->mtrr_def_type = v;
-		return (0);
-	case MSR_MISC_ENABLE:
-		vcpu->misc_enable = v;
-		return (0);
-	case MSR_MCG_STATUS:
-		if (!host && v != 0)
-			return (VMK_EINVAL);
-		vcpu->mcg_status = v;
-		return (0);
-	case MSR_MCG_CTL:
-		if (v != 0 && v != ~0ULL)
-			return (VMK_EINVAL);
-		vcpu->mcg_ctl = v;
-		return (0);
-	case MSR_KVM_WALL_CLOCK: case MSR_KVM_SYSTEM_TIME:
-		return (host && v == 0 ? 0 : VMK_EINVAL);
-	case MSR_UCODE_REV: case MSR_DEBUGCTL: case MSR_AMD_SYSCFG:
-	case MSR_AMD_HWCR: case MSR_AMD_NB_CFG: case MSR_AMD_INT_PENDING:
-	case MSR_AMD_MMIO_CFG: case MSR_AMD_DE_CFG:
-		/* Writable on hardware; read as zero here. */
+		vmk_arch->set_seg(vcpu, n, &seg);
 		return (0);
 	default:
-		return (stored_set(vcpu, msr, v, host));
+		return (VMK_EINVAL);
 	}
 }

@@ -314,7 +314,6 @@ prepare(struct vmk_vcpu *vcpu, struct vmk_entry *e)
 	if (ev->exc_injected) {
 		e->inject = VMK_INJ_EXC;
 		e->vector = ev->exc_vector;
-		e->has_error = ev->exc_has_error;
 		e->error_code = ev->exc_error;
 	} else if (ev->nmi_injected) {
 		e->inject = VMK_INJ_NMI;

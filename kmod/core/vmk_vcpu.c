@@ -34,6 +34,12 @@ vcpu_by_id(struct vmk_vm *vm, uint32_t id)
 /* ---- reset ------------------------------------------------------------- */
 
 /* Processor state after RESET or INIT: SDM 3A table 9-1. */
+static const uint64_t reset_creg[VMK_DR7 + 1] = {
+	[VMK_CR0] = CR0_CD | CR0_NW | CR0_ET,
+	[VMK_DR6] = 0xffff0ff0,
+	[VMK_DR7] = 0x400,
+};
+
 void
 vmk_vcpu_reset(struct vmk_vcpu *vcpu, bool init)
 {
@@ -49,14 +55,8 @@ vmk_vcpu_reset(struct vmk_vcpu *vcpu, bool init)
 	vcpu->debug_stepped = vcpu->ext_pending = false;
 	vcpu->tlb_gen = 0;
 	memset(vcpu->dr, 0, sizeof(vcpu->dr));
-	vmk_arch->set_creg(vcpu, VMK_DR6, 0xffff0ff0);
-	vmk_arch->set_creg(vcpu, VMK_DR7, 0x400);
-	vmk_arch->set_creg(vcpu, VMK_EFER, 0);
-	vmk_arch->set_creg(vcpu, VMK_CR0, CR0_CD | CR0_NW | CR0_ET);
-	vmk_arch->set_creg(vcpu, VMK_CR2, 0);
-	vmk_arch->set_creg(vcpu, VMK_CR3, 0);
-	vmk_arch->set_creg(vcpu, VMK_CR4, 0);
-	vmk_arch->set_creg(vcpu, VMK_CR8, 0);
+	for (i = VMK_CR0; i <= VMK_DR7; i++)
+		vmk_arch->set_creg(vcpu, (enum vmk_creg)i, reset_creg[i]);
 	vmk_arch->set_shadow(vcpu, 0);
 
 	memset(&s, 0, sizeof(s));
@@ -432,41 +432,39 @@ set_xsave(struct vmk_vcpu *vcpu, const struct abi_xsave *a)
 	return (0);
 }
 
-/* FXSAVE layout: SDM 1, table 10-2. */
+/* Where FXSAVE (SDM 1, table 10-2) has what struct abi_fpu has. */
+#define	FPU(at, field)							\
+	{ at, offsetof(struct abi_fpu, field),				\
+	    sizeof(((struct abi_fpu *)0)->field) }
+static const struct { uint16_t at, field, size; } fpu_fields[] = {
+	FPU(0, fcw), FPU(2, fsw), FPU(4, ftwx), FPU(6, last_opcode),
+	FPU(8, last_ip), FPU(16, last_dp), FPU(24, mxcsr), FPU(32, fpr),
+	FPU(160, xmm),
+};
+
 static int
 get_fpu(struct vmk_vcpu *vcpu, struct abi_fpu *a)
 {
-	const uint8_t *x = vcpu->xsave;
+	unsigned int i;
 
-	memcpy(&a->fcw, x, 2);
-	memcpy(&a->fsw, x + 2, 2);
-	a->ftwx = x[4];
-	memcpy(&a->last_opcode, x + 6, 2);
-	memcpy(&a->last_ip, x + 8, 8);
-	memcpy(&a->last_dp, x + 16, 8);
-	memcpy(&a->mxcsr, x + 24, 4);
-	memcpy(a->fpr, x + 32, sizeof(a->fpr));
-	memcpy(a->xmm, x + 160, sizeof(a->xmm));
+	for (i = 0; i < VMK_ARRAY_LEN(fpu_fields); i++)
+		memcpy((uint8_t *)a + fpu_fields[i].field,
+		    vcpu->xsave + fpu_fields[i].at, fpu_fields[i].size);
 	return (0);
 }
 
 static int
 set_fpu(struct vmk_vcpu *vcpu, const struct abi_fpu *a)
 {
-	uint8_t *x = vcpu->xsave;
+	unsigned int i;
 
 	if ((a->mxcsr & ~0xffffU) != 0)
 		return (VMK_EINVAL);
-	memcpy(x, &a->fcw, 2);
-	memcpy(x + 2, &a->fsw, 2);
-	x[4] = a->ftwx;
-	memcpy(x + 6, &a->last_opcode, 2);
-	memcpy(x + 8, &a->last_ip, 8);
-	memcpy(x + 16, &a->last_dp, 8);
-	memcpy(x + 24, &a->mxcsr, 4);
-	memcpy(x + 32, a->fpr, sizeof(a->fpr));
-	memcpy(x + 160, a->xmm, sizeof(a->xmm));
-	x[512] |= 3;
+	for (i = 0; i < VMK_ARRAY_LEN(fpu_fields); i++)
+		memcpy(vcpu->xsave + fpu_fields[i].at,
+		    (const uint8_t *)a + fpu_fields[i].field,
+		    fpu_fields[i].size);
+	vcpu->xsave[512] |= 3;			/* x87 and SSE are in use */
 	return (0);
 }
 

@@ -90,7 +90,7 @@
 #define	RFLAGS_VM	0x00020000UL
 
 enum vmk_exception {
-	VMK_DE = 0, VMK_DB = 1, VMK_BP = 3, VMK_UD = 6, VMK_NM = 7,
+	VMK_DE = 0, VMK_DB = 1, VMK_BP = 3, VMK_OF = 4, VMK_UD = 6, VMK_NM = 7,
 	VMK_DF = 8, VMK_TS = 10, VMK_NP = 11, VMK_SS = 12, VMK_GP = 13,
 	VMK_PF = 14, VMK_AC = 17, VMK_MC = 18
 };
@@ -275,8 +275,7 @@ struct vmk_vcpu {
 	uint64_t	 mtrr_def_type;
 	uint64_t	 mtrr_var[16];
 	uint64_t	 mtrr_fix[11];
-	uint64_t	 mcg_cap, mcg_status, mcg_ctl;
-	uint64_t	 mc_bank[32 * 4];
+	uint64_t	 mcg_status, mcg_ctl;
 	uint64_t	 tlb_gen;	/* vm->tlb_gen that the TLB honours */
 	uint32_t	 mp_state;
 	struct vmk_event_state ev;

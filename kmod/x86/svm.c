@@ -500,63 +500,20 @@ set_intercepts(struct svm_vmcb *v, const struct vmk_entry *e)
 	}
 }
 
+/* Delivery was cut short: keep the event. */
 static void
-set_event(struct vmk_vcpu *vcpu, struct svm_vmcb *v, const struct vmk_entry *e)
+take_back(struct vmk_vcpu *vcpu, uint64_t event)
 {
-	v->eventinj = 0;
-	switch (e->inject) {
-	case VMK_INJ_NONE:
-		return;
-	case VMK_INJ_IRQ:
-		v->eventinj = SVM_EV_INTR;
-		vcpu->ev.irq_injected = false;
-		break;
-	case VMK_INJ_NMI:
-		v->eventinj = SVM_EV_NMI;
-		vcpu->ev.nmi_injected = false;
-		break;
-	case VMK_INJ_EXC:
-		v->eventinj = SVM_EV_EXC;
-		vcpu->ev.exc_injected = false;
-		if (e->has_error)
-			v->eventinj |= SVM_EV_ERROR |
-			    (uint64_t)e->error_code << 32;
-		break;
-	}
-	v->eventinj |= SVM_EV_VALID | e->vector;
-}
+	uint8_t vector = (uint8_t)event;
 
-/* Delivery was cut short: keep the event (APM 2 15.7.2). */
-static void
-take_back(struct vmk_vcpu *vcpu, uint64_t info)
-{
-	struct vmk_event_state *ev = &vcpu->ev;
-	uint8_t vector = info & 0xff;
-
-	if ((info & SVM_EV_VALID) == 0)
-		return;
 	/* It had been accepted; QEMU's TCG reports the host's own STI here. */
-	svm(vcpu)->vmcb->shadow = 0;
-	switch (info & SVM_EV_TYPE) {
-	case SVM_EV_INTR:
-		ev->irq_injected = true;
-		ev->irq_vector = vector;
-		break;
-	case SVM_EV_NMI:
-		ev->nmi_injected = true;
-		break;
-	case SVM_EV_EXC:
-		/* INT3 and INTO stand at their instruction; they run again. */
-		if (vector == VMK_BP || vector == 4)
-			break;
-		ev->exc_injected = true;
-		ev->exc_vector = vector;
-		ev->exc_has_error = (info & SVM_EV_ERROR) != 0;
-		ev->exc_error = (uint32_t)(info >> 32);
-		break;
-	default:			/* INT n: likewise */
-		break;
-	}
+	if ((event & EVENT_VALID) != 0)
+		svm(vcpu)->vmcb->shadow = 0;
+	/* INT3 and INTO stand at their instruction; they run again. */
+	if ((event & EVENT_TYPE) == EVENT_EXC && (vector == VMK_BP ||
+	    vector == VMK_OF))
+		return;
+	x86_take_back(&vcpu->ev, event);
 }
 
 static void
@@ -681,7 +638,7 @@ svm_enter(struct vmk_vcpu *vcpu, const struct vmk_entry *e,
 		switch_on(c);
 	choose_asid(s, c, vcpu->cpu, flush);
 	set_intercepts(v, e);
-	set_event(vcpu, v, e);
+	v->eventinj = x86_event(&vcpu->ev, e, (v->cr0 & CR0_PE) != 0);
 	v->tsc_offset = vcpu->tsc_offset;
 	v->rax = vcpu->gpr[VMK_RAX];
 	v->rsp = vcpu->gpr[VMK_RSP];

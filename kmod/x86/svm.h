@@ -138,14 +138,6 @@ SVM_AT(cr2, 0x640);
 SVM_AT(g_pat, 0x668);
 _Static_assert(sizeof(struct svm_vmcb) == 0x1000, "VMCB is one page");
 
-/* EVENTINJ and EXITINTINFO: APM 2 15.20, 15.7.2. */
-#define	SVM_EV_VALID		0x80000000U
-#define	SVM_EV_ERROR		0x00000800U
-#define	SVM_EV_TYPE		0x00000700U
-#define	SVM_EV_INTR		0x00000000U
-#define	SVM_EV_NMI		0x00000200U
-#define	SVM_EV_EXC		0x00000300U
-
 #define	SVM_X_CR_WRITE		0x010U
 #define	SVM_X_EXC		0x040U
 #define	SVM_X_INTR		0x060U

@@ -67,7 +67,6 @@ enum vmk_inject_type { VMK_INJ_NONE, VMK_INJ_IRQ, VMK_INJ_NMI, VMK_INJ_EXC };
 struct vmk_entry {
 	enum vmk_inject_type inject;
 	uint8_t		vector;
-	bool		has_error;
 	uint32_t	error_code;
 	bool		irq_window;	/* exit when IRQs become deliverable */
 	bool		nmi_window;	/* exit at IRET */

@@ -782,9 +782,9 @@ write_entry(struct vmk_vcpu *vcpu, struct vmx_vcpu *s,
     const struct vmk_entry *e)
 {
 	struct vmk_event_state *ev = &vcpu->ev;
-	uint32_t proc = s->proc, info;
+	uint32_t proc = s->proc;
 	uint32_t i = s->interruptibility & (INTR_STI | INTR_MOV_SS);
-	uint64_t rflags = vcpu->rflags | RFLAGS_FIXED |
+	uint64_t event, rflags = vcpu->rflags | RFLAGS_FIXED |
 	    (e->single_step ? RFLAGS_TF : 0);
 
 	/*
@@ -803,15 +803,9 @@ write_entry(struct vmk_vcpu *vcpu, struct vmx_vcpu *s,
 	    ((s->creg[VMK_EFER] & EFER_LMA) != 0 ? ENTRY_LONG_MODE : 0));
 	vmwrite(F_EXC_BITMAP, 1U << VMK_DB | 1U << VMK_AC | 1U << VMK_MC |
 	    (e->trap_bp ? 1U << VMK_BP : 0));
-	info = vmx_entry_info(e, (s->creg[VMK_CR0] & CR0_PE) != 0);
-	vmwrite(F_ENTRY_INFO, info);
-	vmwrite(F_ENTRY_ERROR, e->error_code & 0xffffU);
-	if (e->inject == VMK_INJ_IRQ)
-		ev->irq_injected = false;
-	else if (e->inject == VMK_INJ_NMI)
-		ev->nmi_injected = false;
-	else if (e->inject == VMK_INJ_EXC)
-		ev->exc_injected = false;
+	event = x86_event(ev, e, (s->creg[VMK_CR0] & CR0_PE) != 0);
+	vmwrite(F_ENTRY_INFO, (uint32_t)event);
+	vmwrite(F_ENTRY_ERROR, event >> 32 & 0xffffU);
 	/* Delivery of an NMI sets the blocking itself (SDM 3C 27.3.1.5). */
 	if (ev->nmi_masked && e->inject != VMK_INJ_NMI)
 		i |= INTR_NMI;
@@ -829,10 +823,15 @@ write_entry(struct vmk_vcpu *vcpu, struct vmx_vcpu *s,
 }
 
 static void
+take_back(struct vmk_vcpu *vcpu, enum vmx_field event, enum vmx_field error)
+{
+	x86_take_back(&vcpu->ev, vmread(event) | vmread(error) << 32);
+}
+
+static void
 read_exit(struct vmk_vcpu *vcpu, struct vmx_vcpu *s, struct vmx_exit *v)
 {
 	struct vmk_event_state *ev = &vcpu->ev;
-	uint32_t vectoring;
 
 	v->reason = (uint32_t)vmread(F_REASON);
 	v->qualification = vmread(F_QUALIFICATION);
@@ -842,8 +841,7 @@ read_exit(struct vmk_vcpu *vcpu, struct vmx_vcpu *s, struct vmx_exit *v)
 	v->gpa = vmread(F_GPA);
 	v->rip = vmread(F_RIP);
 	if ((v->reason & REASON_ENTRY_FAILED) != 0) {
-		vmx_take_back(ev, (uint32_t)vmread(F_ENTRY_INFO),
-		    (uint32_t)vmread(F_ENTRY_ERROR));
+		take_back(vcpu, F_ENTRY_INFO, F_ENTRY_ERROR);
 		return;
 	}
 	vcpu->rip = v->rip;
@@ -854,10 +852,9 @@ read_exit(struct vmk_vcpu *vcpu, struct vmx_vcpu *s, struct vmx_exit *v)
 	s->pending_db = vmread(F_PENDING_DB);
 	s->interruptibility = (uint32_t)vmread(F_INTERRUPTIBILITY);
 	ev->nmi_masked = (s->interruptibility & INTR_NMI) != 0;
-	vectoring = (uint32_t)vmread(F_VECTORING);
-	vmx_take_back(ev, vectoring, (uint32_t)vmread(F_VECTORING_ERROR));
+	take_back(vcpu, F_VECTORING, F_VECTORING_ERROR);
 	/* IRET had unblocked NMIs and then faulted: it will run again. */
-	if ((vectoring & INT_VALID) == 0 &&
+	if ((vmread(F_VECTORING) & EVENT_VALID) == 0 &&
 	    (((v->reason & 0xffff) == R_EXCEPTION &&
 	    (v->int_info & INT_NMI_IRET) != 0) ||
 	    ((v->reason & 0xffff) == R_EPT_VIOLATION &&
@@ -885,7 +882,8 @@ serve_host(const struct vmx_exit *v)
 	if (reason == R_MC_ENTRY || (reason == R_EXCEPTION &&
 	    (v->int_info & 0xff) == VMK_MC))
 		__asm__ __volatile__("int $18");
-	else if (reason == R_EXCEPTION && INT_TYPE(v->int_info) == INT_NMI)
+	else if (reason == R_EXCEPTION &&
+	    (v->int_info & EVENT_TYPE) == EVENT_NMI)
 		__asm__ __volatile__("int $2");
 }
 
@@ -939,8 +937,7 @@ enter_current(struct vmk_vcpu *vcpu, struct vmx_vcpu *s,
 		note_debug(s, v);
 	} else {
 		v->qualification = vmread(F_ERROR);
-		vmx_take_back(&vcpu->ev, (uint32_t)vmread(F_ENTRY_INFO),
-		    (uint32_t)vmread(F_ENTRY_ERROR));
+		take_back(vcpu, F_ENTRY_INFO, F_ENTRY_ERROR);
 	}
 	return (failed);
 }

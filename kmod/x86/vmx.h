@@ -113,14 +113,7 @@ enum vmx_field {
 #define	INTR_MOV_SS		0x2U
 #define	INTR_NMI		0x8U
 
-/* Interruption information, of all three kinds: SDM 3C 25.8.3, 25.9.2. */
-#define	INT_VALID		(1U << 31)
-#define	INT_ERROR		(1U << 11)
-#define	INT_NMI_IRET		(1U << 12)
-#define	INT_TYPE(i)		(((i) >> 8) & 7U)
-#define	INT_EXTERNAL		0U
-#define	INT_NMI			2U
-#define	INT_HARDWARE		3U
+#define	INT_NMI_IRET		(1U << 12)	/* SDM 3C 28.2.3 */
 
 #define	REASON_ENTRY_FAILED	(1U << 31)
 enum vmx_reason {
@@ -154,10 +147,6 @@ uint16_t vmx_attr(uint32_t access_rights);
 /* A limit that VM entry takes has its granularity (SDM 3C 27.3.1.2). */
 uint32_t vmx_granularity(uint32_t access_rights, uint32_t limit);
 void	vmx_decode(const struct vmx_exit *, struct vmk_exit *);
-/* VM-entry interruption information; 0: nothing to inject. */
-uint32_t vmx_entry_info(const struct vmk_entry *, bool protected_mode);
-/* An event whose delivery was cut short goes back to vcpu->ev. */
-void	vmx_take_back(struct vmk_event_state *, uint32_t info, uint32_t error);
 
 /*
  * vmx_asm.S: VMLAUNCH or VMRESUME.  0: there was an exit; 1: the instruction

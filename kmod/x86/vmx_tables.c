@@ -3,6 +3,7 @@
  * vmx_tables.c: what of VMX is only tables and bits, without an instruction of
  * it, so that tests/kmod/vmx_test.c can run it anywhere.
  */
+#include "x86.h"
 #include "vmx.h"
 
 /*
@@ -144,7 +145,8 @@ vmx_decode(const struct vmx_exit *v, struct vmk_exit *x)
 		x->vector = (uint8_t)v->int_info;
 		x->error_code = v->int_error;
 		/* The host's handlers have seen these; see vmx_enter(). */
-		if (INT_TYPE(v->int_info) == INT_NMI || x->vector == VMK_MC)
+		if ((v->int_info & EVENT_TYPE) == EVENT_NMI ||
+		    x->vector == VMK_MC)
 			x->kind = VMK_X_NONE;
 		return;
 	case R_EPT_VIOLATION:
@@ -170,57 +172,4 @@ vmx_decode(const struct vmx_exit *v, struct vmk_exit *x)
 	}
 	if (v->insn_len <= VMK_INSN_MAX)
 		x->insn_len = (uint8_t)v->insn_len;
-}
-
-/* Exceptions that push an error code: SDM 3A table 6-1. */
-static bool
-pushes_error(uint8_t vector)
-{
-	return (vector == VMK_DF || vector == VMK_AC ||
-	    (vector >= VMK_TS && vector <= VMK_PF));
-}
-
-uint32_t
-vmx_entry_info(const struct vmk_entry *e, bool protected_mode)
-{
-	uint32_t info = INT_VALID | e->vector;
-
-	switch (e->inject) {
-	case VMK_INJ_IRQ:
-		return (info | INT_EXTERNAL << 8);
-	case VMK_INJ_NMI:
-		return (info | INT_NMI << 8);
-	case VMK_INJ_EXC:
-		/* Entry fails unless this fits the vector and the mode. */
-		if (protected_mode && pushes_error(e->vector))
-			info |= INT_ERROR;
-		return (info | INT_HARDWARE << 8);
-	default:
-		return (0);
-	}
-}
-
-void
-vmx_take_back(struct vmk_event_state *ev, uint32_t info, uint32_t error)
-{
-	if ((info & INT_VALID) == 0)
-		return;
-	switch (INT_TYPE(info)) {
-	case INT_EXTERNAL:
-		ev->irq_injected = true;
-		ev->irq_vector = (uint8_t)info;
-		break;
-	case INT_NMI:
-		ev->nmi_injected = true;
-		ev->nmi_masked = true;
-		break;
-	case INT_HARDWARE:
-		ev->exc_injected = true;
-		ev->exc_vector = (uint8_t)info;
-		ev->exc_has_error = (info & INT_ERROR) != 0;
-		ev->exc_error = error;
-		break;
-	default:		/* INT n, INT3, INTO, INT1 run again */
-		break;
-	}
 }

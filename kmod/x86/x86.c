@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: BSD-2-Clause */
 /*
- * x86.c: FPU and debug registers around a CPU section.
+ * x86.c: FPU and debug registers around a CPU section; events.
  *
  * Theory.  The host has saved its user's FPU state and lets us use the
  * registers until vmk_cpu_exit().  The guest's state is kept in a standard
@@ -88,5 +88,63 @@ x86_unload(struct vmk_vcpu *vcpu, struct x86_host *h)
 	if ((h->dr7 & DR7_ENABLED) != 0) {
 		drs_write(h->dr);
 		DR_WRITE(7, h->dr7);
+	}
+}
+
+/* Exceptions that push an error code: SDM 3A table 6-1. */
+static bool
+pushes_error(uint8_t vector)
+{
+	return (vector == VMK_DF || vector == VMK_AC ||
+	    (vector >= VMK_TS && vector <= VMK_PF));
+}
+
+uint64_t
+x86_event(struct vmk_event_state *ev, const struct vmk_entry *e,
+    bool protected_mode)
+{
+	uint64_t event = EVENT_VALID | e->vector;
+
+	switch (e->inject) {
+	case VMK_INJ_IRQ:
+		ev->irq_injected = false;
+		return (event | EVENT_INTR);
+	case VMK_INJ_NMI:
+		ev->nmi_injected = false;
+		return (event | EVENT_NMI);
+	case VMK_INJ_EXC:
+		ev->exc_injected = false;
+		event |= EVENT_EXC;
+		/* VMX refuses what does not fit the vector and the mode. */
+		if (protected_mode && pushes_error(e->vector))
+			event |= EVENT_ERROR | (uint64_t)e->error_code << 32;
+		return (event);
+	default:
+		return (0);
+	}
+}
+
+void
+x86_take_back(struct vmk_event_state *ev, uint64_t event)
+{
+	if ((event & EVENT_VALID) == 0)
+		return;
+	switch (event & EVENT_TYPE) {
+	case EVENT_INTR:
+		ev->irq_injected = true;
+		ev->irq_vector = (uint8_t)event;
+		break;
+	case EVENT_NMI:
+		ev->nmi_injected = true;
+		ev->nmi_masked = true;
+		break;
+	case EVENT_EXC:
+		ev->exc_injected = true;
+		ev->exc_vector = (uint8_t)event;
+		ev->exc_has_error = (event & EVENT_ERROR) != 0;
+		ev->exc_error = (uint32_t)(event >> 32);
+		break;
+	default:		/* INT n, INT3, INTO, INT1 run again */
+		break;
 	}
 }

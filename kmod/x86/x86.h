@@ -82,6 +82,24 @@ xgetbv(void)
 	return ((uint64_t)hi << 32 | lo);
 }
 
+/*
+ * An event on its way in or cut short, as EVENTINJ and EXITINTINFO (APM 2
+ * 15.7.2, 15.20) and VMX's interruption information (SDM 3C 25.8.3, 25.9.2)
+ * all have it; the error code stands in the upper half.
+ */
+#define	EVENT_VALID	0x80000000U
+#define	EVENT_ERROR	0x00000800U
+#define	EVENT_TYPE	0x00000700U
+#define	EVENT_INTR	0x00000000U
+#define	EVENT_NMI	0x00000200U
+#define	EVENT_EXC	0x00000300U
+
+/* What to deliver with this entry; it is under way then.  0: nothing. */
+uint64_t x86_event(struct vmk_event_state *, const struct vmk_entry *,
+	    bool protected_mode);
+/* An event whose delivery was cut short is to be delivered again. */
+void	x86_take_back(struct vmk_event_state *, uint64_t event);
+
 /* What x86_load() put aside for x86_unload(); per vCPU. */
 struct x86_host {
 	uint64_t	xcr0;

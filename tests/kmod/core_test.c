@@ -1170,10 +1170,10 @@ test_exceptions(void)
 
 	/* #AC and #DB come back to the guest; unknown ones end the run. */
 	script_one((struct vmk_exit){ .kind = VMK_X_EXCEPTION,
-	    .vector = VMK_AC });
+	    .vector = VMK_AC, .error_code = 0x42 });
 	CHECK_EQ(run(&r), 0);
 	CHECK_EQ(fake(v)->last.vector, VMK_AC);
-	CHECK(fake(v)->last.has_error);
+	CHECK_EQ(fake(v)->last.error_code, 0x42);
 	script_one((struct vmk_exit){ .kind = VMK_X_EXCEPTION,
 	    .vector = VMK_DB });
 	CHECK_EQ(run(&r), 0);

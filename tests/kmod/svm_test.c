@@ -6,7 +6,6 @@
  * tested here only.
  */
 #include "svm.c"
-#include "x86.c"
 #include "tap.h"
 
 void
@@ -152,31 +151,27 @@ test_asids(void)
 }
 
 static void
-test_events(void)
+test_windows(void)
 {
 	struct vmk_entry e = { .inject = VMK_INJ_EXC, .vector = VMK_PF,
-		.has_error = true, .error_code = 7 };
+		.error_code = 7 };
 	struct svm_vcpu a = { .vmcb = &vmcb };
 	struct vmk_vcpu vcpu = { .arch = &a };
 
 	memset(&vmcb, 0, sizeof(vmcb));
-	vcpu.ev.exc_injected = true;
-	set_event(&vcpu, &vmcb, &e);
-	CHECK_EQ(vmcb.eventinj, 7ULL << 32 | 0x80000b0e);
-	CHECK(!vcpu.ev.exc_injected);
 	vmcb.shadow = 1;
-	take_back(&vcpu, vmcb.eventinj);
+	take_back(&vcpu, x86_event(&vcpu.ev, &e, true));
 	CHECK(vcpu.ev.exc_injected && vcpu.ev.exc_has_error);
 	CHECK(vcpu.ev.exc_vector == VMK_PF && vcpu.ev.exc_error == 7);
 	CHECK_EQ(vmcb.shadow, 0);
 	vcpu.ev.exc_injected = false;
-	take_back(&vcpu, SVM_EV_VALID | SVM_EV_EXC | VMK_BP);
+	take_back(&vcpu, EVENT_VALID | EVENT_EXC | VMK_BP);
 	CHECK(!vcpu.ev.exc_injected);		/* INT3 runs again */
-	take_back(&vcpu, SVM_EV_EXC | VMK_PF);
+	take_back(&vcpu, EVENT_EXC | VMK_PF);
 	CHECK(!vcpu.ev.exc_injected);		/* not valid */
-	take_back(&vcpu, SVM_EV_VALID | SVM_EV_NMI | 2);
+	take_back(&vcpu, EVENT_VALID | EVENT_NMI | 2);
 	CHECK(vcpu.ev.nmi_injected);
-	take_back(&vcpu, SVM_EV_VALID | SVM_EV_INTR | 0x31);
+	take_back(&vcpu, EVENT_VALID | EVENT_INTR | 0x31);
 	CHECK(vcpu.ev.irq_injected && vcpu.ev.irq_vector == 0x31);
 	e = (struct vmk_entry){ .cr8_exit = true, .irq_window = true,
 		.nmi_window = true, .trap_bp = true };
@@ -200,6 +195,6 @@ main(void)
 	test_exits();
 	test_assists();
 	test_asids();
-	test_events();
+	test_windows();
 	return (tap_failed != 0);
 }

@@ -4,6 +4,7 @@
  */
 #include <string.h>
 
+#include "x86.h"
 #include "vmx.h"
 #include "tap.h"
 
@@ -156,13 +157,13 @@ test_exits(void)
 	CHECK(x.write);
 	CHECK_EQ(x.gpa, 0xfee00020);
 	CHECK_EQ(decoded(R_EPT_VIOLATION, 0x81, 0).kind, VMK_X_NESTED_WALK);
-	x = decoded(R_EXCEPTION, 0, INT_VALID | INT_HARDWARE << 8 | VMK_AC);
+	x = decoded(R_EXCEPTION, 0, EVENT_VALID | EVENT_EXC | VMK_AC);
 	CHECK_EQ(x.kind, VMK_X_EXCEPTION);
 	CHECK_EQ(x.vector, VMK_AC);
 	CHECK_EQ(x.error_code, 0x42);
-	CHECK_EQ(decoded(R_EXCEPTION, 0, INT_VALID | INT_NMI << 8 | 2).kind,
+	CHECK_EQ(decoded(R_EXCEPTION, 0, EVENT_VALID | EVENT_NMI | 2).kind,
 	    VMK_X_NONE);
-	CHECK_EQ(decoded(R_EXCEPTION, 0, INT_VALID | INT_HARDWARE << 8 |
+	CHECK_EQ(decoded(R_EXCEPTION, 0, EVENT_VALID | EVENT_EXC |
 	    VMK_MC).kind, VMK_X_NONE);
 	CHECK_EQ(decoded(R_CPUID, 0, 0).insn_len, 2);
 	CHECK_EQ(decoded(R_TRIPLE, 0, 0).kind, VMK_X_SHUTDOWN);
@@ -197,36 +198,42 @@ test_events(void)
 	struct vmk_event_state ev = { 0 };
 	int vector;
 
-	CHECK_EQ(vmx_entry_info(&e, true), 0);
+	CHECK_EQ(x86_event(&ev, &e, true), 0);
 	e.inject = VMK_INJ_IRQ;
 	e.vector = 0x30;
-	CHECK_EQ(vmx_entry_info(&e, true), 0x80000030U);
+	ev.irq_injected = true;
+	CHECK_EQ(x86_event(&ev, &e, true), 0x80000030U);
 	e.inject = VMK_INJ_NMI;
 	e.vector = 2;
-	CHECK_EQ(vmx_entry_info(&e, true), 0x80000202U);
+	ev.nmi_injected = true;
+	CHECK_EQ(x86_event(&ev, &e, true), 0x80000202U);
 	e.inject = VMK_INJ_EXC;
 	e.vector = VMK_PF;
-	CHECK_EQ(vmx_entry_info(&e, true), 0x80000b0eU);
-	CHECK_EQ(vmx_entry_info(&e, false), 0x8000030eU);
+	e.error_code = 7;
+	ev.exc_injected = true;
+	CHECK_EQ(x86_event(&ev, &e, true), 7ULL << 32 | 0x80000b0eU);
+	CHECK(!ev.irq_injected && !ev.nmi_injected && !ev.exc_injected);
+	CHECK_EQ(x86_event(&ev, &e, false), 0x8000030eU);
 	/* What was injected and cut short comes back as it was. */
 	for (vector = 0; vector < 32; vector++) {
 		memset(&ev, 0, sizeof(ev));
 		e.vector = (uint8_t)vector;
-		vmx_take_back(&ev, vmx_entry_info(&e, true), 7);
+		x86_take_back(&ev, x86_event(&ev, &e, true));
 		CHECK(ev.exc_injected);
 		CHECK_EQ(ev.exc_vector, vector);
 		CHECK_EQ(ev.exc_has_error, vector == 8 || vector == 17 ||
 		    (vector >= 10 && vector <= 14));
+		CHECK_EQ(ev.exc_error, ev.exc_has_error ? 7 : 0);
 	}
 	memset(&ev, 0, sizeof(ev));
-	vmx_take_back(&ev, 0x80000202U, 0);
+	x86_take_back(&ev, 0x80000202U);
 	CHECK(ev.nmi_injected && ev.nmi_masked);
 	memset(&ev, 0, sizeof(ev));
-	vmx_take_back(&ev, 0x30, 0);		/* not valid */
-	vmx_take_back(&ev, 0x80000480U, 0);	/* INT 80h runs again */
-	vmx_take_back(&ev, 0x80000603U, 0);	/* INT3 likewise */
+	x86_take_back(&ev, 0x30);		/* not valid */
+	x86_take_back(&ev, 0x80000480U);	/* INT 80h runs again */
+	x86_take_back(&ev, 0x80000603U);	/* INT3 likewise */
 	CHECK(!ev.irq_injected && !ev.exc_injected && !ev.nmi_injected);
-	tap_done("VMX: events in and back");
+	tap_done("events in and back, for both extensions");
 }
 
 int
