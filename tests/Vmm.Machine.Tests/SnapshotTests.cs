@@ -73,6 +73,7 @@ public sealed class SnapshotTests : IDisposable
         const uint Handler = 0x100100;
         byte[] code =
         [
+            0xBC, 0, 0, 0x18, 0,                                        // mov esp, 0x180000
             0x8C, 0xC8, 0xC1, 0xE0, 0x10, 0x0D, .. BitConverter.GetBytes((ushort)(Handler & 0xFFFF)), 0, 0,  // mov eax, cs ; shl eax, 16 ; or eax, handler
             0xA3, 0, 0x01, 0x11, 0,                                     // mov [0x110100], eax          the gate of vector 0x20
             0xC7, 0x05, 4, 0x01, 0x11, 0, 0, 0x8E, 0x10, 0,             // mov dword [0x110104], 0x108E00
