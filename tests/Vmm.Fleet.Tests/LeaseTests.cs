@@ -1,19 +1,21 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
-using System.Diagnostics;
 using System.IO;
 using System.Threading;
 using System.Threading.Tasks;
 using FluentAssertions;
 using Vmm.Config;
+using Vmm.TestKit;
 using Xunit;
 
 namespace Vmm.Fleet.Tests;
 
-/// <summary>One VM, one runner; also when hosts die.</summary>
+/// <summary>One VM, one runner; also when hosts die. Time stands still unless a test moves it.</summary>
 public sealed class LeaseTests : IDisposable
 {
     private static readonly TimeSpan s_ttl = TimeSpan.FromMilliseconds(1500);
+    private static readonly TimeSpan s_patience = TimeSpan.FromMinutes(1);
+    private readonly ManualTime _time = new();
     private readonly string _directory = Directory.CreateTempSubdirectory("lease-").FullName;
 
     private string File1 => Path.Combine(_directory, "lease");
@@ -68,33 +70,36 @@ public sealed class LeaseTests : IDisposable
     public async Task Lease_Released_IsFreeAtOnce_EvenForAnotherHost()
     {
         await (await Take("here")).DisposeAsync();
-        var watch = Stopwatch.StartNew();
 
-        await using Lease second = await Take("there");
+        await using Lease second = await Take("there").WaitAsync(s_patience);
 
-        watch.Elapsed.Should().BeLessThan(s_ttl / 2);
+        _time.Elapsed.Should().Be(TimeSpan.Zero);
     }
 
     [Fact]
     public async Task Lease_OfADeadProcessOfThisHost_IsTakenAtOnce()
     {
         WriteRecord(new LeaseRecord("here", "id-here", 4711, "mark", 17));
-        var watch = Stopwatch.StartNew();
 
-        await using Lease lease = await Take("here");
+        await using Lease lease = await Take("here").WaitAsync(s_patience);
 
-        watch.Elapsed.Should().BeLessThan(s_ttl / 2);
+        _time.Elapsed.Should().Be(TimeSpan.Zero);
     }
 
     [Fact]
     public async Task Lease_OfADeadHost_IsTakenAfterItsTimeToLive()
     {
         WriteRecord(new LeaseRecord("there", "id-there", 4711, "mark", 17));
-        var watch = Stopwatch.StartNew();
+        Task<Lease> taking = Take("here");
+        for (int i = 0; i < 10; i++)
+        {
+            Lease.Peek(File1)!.HostId.Should().Be("id-there", "its time is not over");
+            await Step(taking, s_ttl / 10);
+        }
 
-        await using Lease lease = await Take("here");
+        _time.Elapsed.Should().Be(s_ttl);
+        await using Lease lease = await Pass(taking);
 
-        watch.Elapsed.Should().BeGreaterThan(s_ttl);
         Lease.Peek(File1)!.HostId.Should().Be("id-here");
     }
 
@@ -102,21 +107,14 @@ public sealed class LeaseTests : IDisposable
     public async Task Lease_ThatAnotherHostRenews_IsRefused()
     {
         WriteRecord(new LeaseRecord("there", "id-there", 4711, "mark", 17));
-        using var stop = new CancellationTokenSource();
-        Task renewing = Task.Run(async () =>
-        {
-            for (long serial = 18; !stop.IsCancellationRequested; serial++)
-            {
-                WriteRecord(new LeaseRecord("there", "id-there", 4711, "mark", serial));
-                await Task.Delay(s_ttl / 4);
-            }
-        });
+        Task<Lease> taking = Take("here");
+        await Step(taking, s_ttl / 10);
+        WriteRecord(new LeaseRecord("there", "id-there", 4711, "mark", 18));
 
-        LeaseHeldException refused = (await FluentActions.Awaiting(() => Take("here")).Should().ThrowAsync<LeaseHeldException>()).Which;
+        LeaseHeldException refused = (await FluentActions.Awaiting(() => Pass(taking)).Should().ThrowAsync<LeaseHeldException>()).Which;
 
         refused.Message.Should().Be("it is already run by process 4711 on there");
-        await stop.CancelAsync();
-        await renewing;
+        _time.Elapsed.Should().BeLessThan(s_ttl);
     }
 
     [Fact]
@@ -124,8 +122,9 @@ public sealed class LeaseTests : IDisposable
     {
         await using Lease lease = await Take("here");
         WriteRecord(new LeaseRecord("there", "id-there", 1, "other mark", 1));
+        _time.Advance(s_ttl / 3);
 
-        await FluentActions.Awaiting(() => Task.Delay(s_ttl * 3, lease.Lost)).Should().ThrowAsync<OperationCanceledException>();
+        await FluentActions.Awaiting(() => Task.Delay(s_patience, lease.Lost)).Should().ThrowAsync<OperationCanceledException>();
     }
 
     [Fact]
@@ -133,9 +132,9 @@ public sealed class LeaseTests : IDisposable
     {
         await using Lease lease = await Take("here");
         long before = Lease.Peek(File1)!.Serial;
-        await Task.Delay(s_ttl);
+        _time.Advance(s_ttl / 3);
 
-        Lease.Peek(File1)!.Serial.Should().BeGreaterThan(before);
+        SpinWait.SpinUntil(() => Lease.Peek(File1)?.Serial > before, s_patience).Should().BeTrue();
         lease.Lost.IsCancellationRequested.Should().BeFalse();
     }
 
@@ -144,9 +143,10 @@ public sealed class LeaseTests : IDisposable
     {
         await File.WriteAllTextAsync(File1, "{\"host\": 3, ][");
 
-        await using Lease lease = await Take("here");
+        await using Lease lease = await Pass(Take("here"));
 
         Lease.Peek(File1)!.HostId.Should().Be("id-here");
+        _time.Elapsed.Should().BeGreaterThan(s_ttl);
     }
 
     private void WriteRecord(LeaseRecord record)
@@ -155,5 +155,27 @@ public sealed class LeaseTests : IDisposable
         Lease.Write(file, record);
     }
 
-    private Task<Lease> Take(string host) => Lease.AcquireAsync(File1, s_ttl, TimeProvider.System, "id-" + host, CancellationToken.None);
+    private Task<Lease> Take(string host) => Lease.AcquireAsync(File1, s_ttl, _time, "id-" + host, CancellationToken.None);
+
+    // Moves time until it is settled.
+    private async Task<Lease> Pass(Task<Lease> taking)
+    {
+        while (!taking.IsCompleted)
+        {
+            await Step(taking, s_ttl / 10);
+        }
+
+        return await taking;
+    }
+
+    // Moves time by one step, as soon as somebody waits for that.
+    private async Task Step(Task<Lease> taking, TimeSpan step)
+    {
+        SpinWait.SpinUntil(() => taking.IsCompleted || _time.ArmedTimers > 0, s_patience).Should().BeTrue();
+        if (!taking.IsCompleted)
+        {
+            _time.Advance(step);
+            await Task.Yield();
+        }
+    }
 }

@@ -4,6 +4,7 @@ using System.Collections.Generic;
 using System.Linq;
 using FluentAssertions;
 using Vmm.Config;
+using Vmm.TestKit;
 using Xunit;
 
 namespace Vmm.Fleet.Tests;
@@ -389,15 +390,8 @@ public sealed class SupervisorTests
 
     private void Pass(int seconds)
     {
-        _time.Now += TimeSpan.FromSeconds(seconds);
+        _time.Advance(TimeSpan.FromSeconds(seconds));
         _fleet.Tick();
-    }
-
-    private sealed class ManualTime : TimeProvider
-    {
-        internal DateTimeOffset Now { get; set; } = new(2026, 1, 1, 0, 0, 0, TimeSpan.Zero);
-
-        public override DateTimeOffset GetUtcNow() => Now;
     }
 
     private sealed class FakeHost : IVmHost

@@ -2,7 +2,6 @@
 using System;
 using System.Buffers;
 using System.Buffers.Binary;
-using System.Diagnostics;
 using System.Net;
 using System.Net.Sockets;
 using Vmm.Core;
@@ -83,7 +82,7 @@ internal sealed class TcpFlow : IDisposable
 
     // Acknowledgements that wait for the host's answer to take them along; see DelayAck.
     private bool _ackDelayed;
-    private long _ackDelayedAt; // Stopwatch's clock
+    private long _ackDelayedAt; // the network's Timestamp
     private bool _asked;
     private bool _answering;
     private int _promptAcks;
@@ -287,10 +286,10 @@ internal sealed class TcpFlow : IDisposable
     }
 
     /// <summary>Sends an acknowledgement that has waited for too long.</summary>
-    /// <param name="before">Stopwatch's clock: those that began to wait before then.</param>
-    public void EndAckDelay(long before)
+    /// <param name="since">The network's Timestamp: those that have waited since then or longer.</param>
+    public void EndAckDelay(long since)
     {
-        if (_ackDelayed && _ackDelayedAt - before < 0)
+        if (_ackDelayed && _ackDelayedAt - since <= 0)
         {
             // Nobody answered: the next ones are acknowledged at once, for the guest may be waiting for just that.
             _answering = false;
@@ -515,7 +514,7 @@ internal sealed class TcpFlow : IDisposable
 
         if (_timedAt != 0 && (int)(ack - _timedSeq) >= 0)
         {
-            Measure(Environment.TickCount64 - _timedAt);
+            Measure(_network.NowMs - _timedAt);
         }
 
         _ringHead = _ring.Length == 0 ? 0 : (_ringHead + bytes) % _ring.Length;
@@ -575,7 +574,7 @@ internal sealed class TcpFlow : IDisposable
         if (mayWait && _answering && _promptAcks == 0 && !_ackDelayed && !_ackPending)
         {
             _ackDelayed = true;
-            _ackDelayedAt = Stopwatch.GetTimestamp();
+            _ackDelayedAt = _network.Timestamp;
         }
         else
         {
@@ -834,7 +833,7 @@ internal sealed class TcpFlow : IDisposable
     {
         if (_timedAt == 0 && _sndNxt == _sndMax)
         {
-            _timedAt = Environment.TickCount64;
+            _timedAt = _network.NowMs;
             _timedSeq = _sndNxt + count;
         }
 
@@ -845,7 +844,7 @@ internal sealed class TcpFlow : IDisposable
         }
     }
 
-    private void Arm() => _timeoutAt = Environment.TickCount64 + _timeoutMs;
+    private void Arm() => _timeoutAt = _network.NowMs + _timeoutMs;
 
     private void Disarm()
     {

@@ -28,7 +28,7 @@ internal sealed class UdpFlow : IDisposable
         GuestPort = guestPort;
         _socket = socket;
         _from = new SocketAddress(socket.AddressFamily);
-        _lastUsedMs = Environment.TickCount64;
+        _lastUsedMs = _network.NowMs;
     }
 
     public NetAddress Guest { get; }
@@ -56,7 +56,7 @@ internal sealed class UdpFlow : IDisposable
 
     public void Send(ReadOnlySpan<byte> payload, IPEndPoint target)
     {
-        _lastUsedMs = Environment.TickCount64;
+        _lastUsedMs = _network.NowMs;
         try
         {
             _socket.SendTo(payload, SocketFlags.None, target);
@@ -99,7 +99,7 @@ internal sealed class UdpFlow : IDisposable
                 continue; // an error that an ICMP message left on the socket
             }
 
-            _lastUsedMs = Environment.TickCount64;
+            _lastUsedMs = _network.NowMs;
             var from = (IPEndPoint)new IPEndPoint(
                 _socket.AddressFamily == AddressFamily.InterNetwork ? IPAddress.Any : IPAddress.IPv6Any, 0).Create(_from);
             (NetAddress shown, ushort port) = _network.ShownAddress(from, Alias);

@@ -2,7 +2,6 @@
 using System;
 using System.Buffers.Binary;
 using System.Collections.Generic;
-using System.Diagnostics;
 using System.Net;
 using System.Net.Sockets;
 using System.Runtime.InteropServices;
@@ -53,8 +52,9 @@ public sealed class UserNetwork : INetBackend
     private readonly bool _ownsLoop;
     private readonly EventFd _wake = new();
     private readonly IPollRegistration _wakeRegistration;
-    private readonly Timer _timer;
-    private readonly Timer _ackTimer;
+    private readonly TimeProvider _time;
+    private readonly ITimer _timer;
+    private readonly ITimer _ackTimer;
     private readonly Dictionary<FlowKey, TcpFlow> _flows = [];
     private readonly Dictionary<(NetAddress Guest, ushort Port, bool Aliased), UdpFlow> _udpFlows = [];
     private readonly List<TcpFlow> _dead = [];
@@ -119,8 +119,10 @@ public sealed class UserNetwork : INetBackend
         _issBase = BinaryPrimitives.ReadUInt32LittleEndian(seed);
         _ownsLoop = loop is null;
         _loop = loop ?? new PollLoop("user-net " + options.HostName);
-        _timer = new Timer(_ => Tick(), null, TickMs, TickMs);
-        _ackTimer = new Timer(_ => EndAckDelay(), null, Timeout.Infinite, Timeout.Infinite);
+        _time = options.Time;
+        TimeSpan tick = TimeSpan.FromMilliseconds(TickMs);
+        _timer = _time.CreateTimer(_ => Tick(), null, tick, tick);
+        _ackTimer = _time.CreateTimer(_ => EndAckDelay(), null, Timeout.InfiniteTimeSpan, Timeout.InfiniteTimeSpan);
         _wakeRegistration = _loop.Add(_wake.Handle, PollEvents.Readable, _ => OnWake());
         try
         {
@@ -167,6 +169,12 @@ public sealed class UserNetwork : INetBackend
     internal NetAddress GuestAddress { get; }
 
     internal PacketBuilder Builder { get; } = new();
+
+    /// <summary>Steady time for timeouts of milliseconds.</summary>
+    internal long NowMs => Timestamp / (_time.TimestampFrequency / 1000);
+
+    /// <summary>Steady time in the ticks of <see cref="UserNetworkOptions.Time"/>.</summary>
+    internal long Timestamp => _time.GetTimestamp();
 
     internal byte[] DatagramBuffer { get; } = new byte[65536];
 
@@ -429,9 +437,9 @@ public sealed class UserNetwork : INetBackend
 
             bool tick = Volatile.Read(ref _tick);
             Volatile.Write(ref _tick, false);
-            long now = Environment.TickCount64;
+            long now = NowMs;
             bool ackTimeUp = Volatile.Read(ref _ackTimeUp);
-            long ackBefore = Stopwatch.GetTimestamp() - (_ackDelayMs * Stopwatch.Frequency / 1000);
+            long ackSince = Timestamp - (_ackDelayMs * _time.TimestampFrequency / 1000);
             bool acksWait = false;
             _walk.Clear();
             _walk.AddRange(_flows.Values);
@@ -444,7 +452,7 @@ public sealed class UserNetwork : INetBackend
 
                 if (ackTimeUp)
                 {
-                    flow.EndAckDelay(ackBefore);
+                    flow.EndAckDelay(ackSince);
                     acksWait |= flow.HasDelayedAck;
                 }
 
@@ -478,7 +486,7 @@ public sealed class UserNetwork : INetBackend
         if (!_ackTimerRuns)
         {
             _ackTimerRuns = true;
-            _ackTimer.Change(_ackDelayMs, Timeout.Infinite);
+            _ackTimer.Change(TimeSpan.FromMilliseconds(_ackDelayMs), Timeout.InfiniteTimeSpan);
         }
     }
 
@@ -749,7 +757,7 @@ public sealed class UserNetwork : INetBackend
 
     // RFC 6528: hard to guess, growing with time.
     private uint NextIss(in FlowKey key) =>
-        _issBase + (uint)key.GetHashCode() + ((uint)Environment.TickCount64 * 250);
+        _issBase + (uint)key.GetHashCode() + ((uint)NowMs * 250);
 
     // A segment without a connection is answered with a reset (RFC 9293 §3.10.7.1).
     private void Refuse(in FlowKey key, ReadOnlySpan<byte> segment, int headerBytes)
@@ -952,7 +960,7 @@ public sealed class UserNetwork : INetBackend
                 Advertise(
                     source.Value == 0 ? NetAddress.From(IPAddress.Parse("ff02::1")) : source,
                     source.Value == 0 ? 0x3333_0000_0001 : GuestMac,
-                    Environment.TickCount64);
+                    NowMs);
                 return true;
             case NeighborSolicit when message.Length >= 24:
                 NetAddress target = NetAddress.FromV6(message[8..]);

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: BSD-2-Clause
+using System;
 using System.Collections.Generic;
 using System.Net;
 
@@ -45,6 +46,9 @@ public sealed record UserNetworkOptions
 
     /// <summary>How long a TCP acknowledgement waits for an answer that takes it along; at most 500 (RFC 9293 §3.8.6.3).</summary>
     public int AckDelayMs { get; init; } = 20;
+
+    /// <summary>What timeouts are measured by; ticks of a millisecond or finer.</summary>
+    public TimeProvider Time { get; init; } = TimeProvider.System;
 
     /// <summary>DNS servers to ask; null reads the host's resolv.conf.</summary>
     public IReadOnlyList<IPAddress>? NameServers { get; init; }

@@ -18,6 +18,7 @@ internal sealed class NetGuest : INetReceiver
     private readonly BlockingCollection<byte[]> _frames = [];
     private readonly INetBackend _net;
     private volatile bool _closed;
+    private int _arpReplies;
     private int _loseEvery;
     private volatile int _burst;
     private int _count;
@@ -80,6 +81,11 @@ internal sealed class NetGuest : INetReceiver
 
         Interlocked.Add(ref _takenBytes, copy.Length);
         _frames.Add(copy);
+        if (copy[12] == 8 && copy[13] == 6)
+        {
+            Interlocked.Increment(ref _arpReplies);
+        }
+
         return true;
     }
 
@@ -114,6 +120,34 @@ internal sealed class NetGuest : INetReceiver
         bool taken = _frames.TryTake(out byte[]? got, timeoutMs);
         frame = got ?? [];
         return taken;
+    }
+
+    /// <summary>
+    /// Waits until the network has done all that it does by itself while time stands still: two questions to the gateway,
+    /// since the answer to the first may go out ahead of what was waiting.
+    /// </summary>
+    public void Settle()
+    {
+        for (int i = 0; i < 2; i++)
+        {
+            int before = Volatile.Read(ref _arpReplies);
+            Send([255, 255, 255, 255, 255, 255], 0x0806, Arp(IPAddress.Parse("10.0.2.2")));
+            if (!SpinWait.SpinUntil(() => Volatile.Read(ref _arpReplies) != before, 10_000))
+            {
+                throw new TimeoutException("the gateway does not answer");
+            }
+        }
+    }
+
+    /// <summary>Asks who has an address (RFC 826).</summary>
+    public byte[] Arp(IPAddress target)
+    {
+        byte[] packet = new byte[28];
+        BinaryPrimitives.WriteUInt64BigEndian(packet, 0x0001_0800_0604_0001);
+        MacAddress.CopyTo(packet, 8);
+        Address.GetAddressBytes().CopyTo(packet, 14);
+        target.GetAddressBytes().CopyTo(packet, 24);
+        return packet;
     }
 
     public void SendRaw(byte[] frame) => _net.Send(frame, default);
@@ -298,14 +332,32 @@ internal sealed class GuestTcp
         }
     }
 
-    private void PumpOne(int timeoutMs)
+    /// <summary>Takes all that comes while time stands still.</summary>
+    public void Settle()
     {
-        if (!_guest.TryTake(timeoutMs, out byte[] frame) || !NetGuest.IsIpv4(frame, 6)
-            || BinaryPrimitives.ReadUInt16BigEndian(frame.AsSpan(36)) != _port)
+        _guest.Settle();
+        while (PumpOne(0))
         {
-            return;
+        }
+    }
+
+    private bool PumpOne(int timeoutMs)
+    {
+        if (!_guest.TryTake(timeoutMs, out byte[] frame))
+        {
+            return false;
         }
 
+        if (NetGuest.IsIpv4(frame, 6) && BinaryPrimitives.ReadUInt16BigEndian(frame.AsSpan(36)) == _port)
+        {
+            OnSegment(frame);
+        }
+
+        return true;
+    }
+
+    private void OnSegment(byte[] frame)
+    {
         NetGuest.CheckSums(frame);
         SegmentsReceived++;
         int total = BinaryPrimitives.ReadUInt16BigEndian(frame.AsSpan(16)) + 14;

@@ -152,6 +152,7 @@ public sealed class VirtioDoorbellTests : IDisposable
 
         public bool IsBusy => _isBusy;
 
+        /// <summary>Stands still unless a request moves it.</summary>
         public ManualTime Time { get; } = new();
 
         /// <summary>What a request takes of <see cref="Time"/>.</summary>
@@ -169,7 +170,7 @@ public sealed class VirtioDoorbellTests : IDisposable
         {
             _servedBy = Environment.CurrentManagedThreadId;
             _isBusy = true;
-            Time.NowMs += TakesMs;
+            Time.Advance(TimeSpan.FromMilliseconds(TakesMs));
             _free.Wait(TimeSpan.FromSeconds(30));
             _isBusy = false;
             request.Complete(BlockStatus.Ok);
@@ -184,21 +185,5 @@ public sealed class VirtioDoorbellTests : IDisposable
         }
 
         public void Dispose() => _free.Dispose();
-    }
-
-    /// <summary>Stands still unless a request moves it.</summary>
-    private sealed class ManualTime : TimeProvider
-    {
-        private long _nowMs;
-
-        public long NowMs
-        {
-            get => Volatile.Read(ref _nowMs);
-            set => Volatile.Write(ref _nowMs, value);
-        }
-
-        public override long TimestampFrequency => 1000;
-
-        public override long GetTimestamp() => NowMs;
     }
 }
