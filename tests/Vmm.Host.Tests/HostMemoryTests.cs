@@ -2,6 +2,7 @@
 using System;
 using System.IO;
 using FluentAssertions;
+using Vmm.TestKit;
 using Xunit;
 
 namespace Vmm.Host.Tests;
@@ -57,17 +58,12 @@ public sealed class HostMemoryTests
         act.Should().Throw<HostException>().Which.Message.Should().NotContain("\n").And.Contain("reserve");
     }
 
-    [Theory]
+    [LinuxTheory]
     [InlineData(HostMemoryKind.Private)]
     [InlineData(HostMemoryKind.Shared)]
     [InlineData(HostMemoryKind.File)]
     public void TryDiscard_WrittenPage_ReadsAsZeroesOnLinux(HostMemoryKind kind)
     {
-        if (OsAbi.Current.System != HostSystem.Linux)
-        {
-            return;
-        }
-
         using HostMemory memory = HostMemory.Allocate(1L << 20, kind, hugePages: false);
         memory.Write(4096, 0xFFUL);
         memory.Write(8192, 0xEEUL);

@@ -8,6 +8,7 @@ using System.Linq;
 using System.Text.RegularExpressions;
 using FluentAssertions;
 using Vmm.Host.Sandbox;
+using Vmm.TestKit;
 using Xunit;
 
 namespace Vmm.Host.Tests;
@@ -15,6 +16,8 @@ namespace Vmm.Host.Tests;
 /// <summary>Sandboxes from inside: what must fail, fails; what must work, works. See <see cref="SandboxProbe"/>.</summary>
 public sealed class SandboxTests : IDisposable
 {
+    private const string Header = "/usr/include/x86_64-linux-gnu/asm/unistd_64.h";
+
     private const int KilledBySystemCall = 128 + 31;
 
     private readonly string _directory = Directory.CreateTempSubdirectory("vmm-sandbox-").FullName;
@@ -55,15 +58,9 @@ public sealed class SandboxTests : IDisposable
         Judge(code, 302, third: 0x7FFF_0000_0000).Should().Be(0x00050001, "limits are set");
     }
 
-    [Fact]
+    [LinuxFact(Header)]
     public void Numbers_AgreeWithTheSystemsHeader()
     {
-        const string Header = "/usr/include/x86_64-linux-gnu/asm/unistd_64.h";
-        if (!OperatingSystem.IsLinux() || !File.Exists(Header))
-        {
-            return;
-        }
-
         var define = new Regex(@"^#define __NR_(?<name>\w+) (?<number>\d+)$", RegexOptions.ExplicitCapture, TimeSpan.FromSeconds(1));
         Dictionary<string, uint> header = File.ReadLines(Header).Select(line => define.Match(line)).Where(match => match.Success)
             .ToDictionary(match => match.Groups["name"].Value, match => uint.Parse(match.Groups["number"].Value, CultureInfo.InvariantCulture));
@@ -88,14 +85,9 @@ public sealed class SandboxTests : IDisposable
         status.Should().Be(0);
     }
 
-    [Fact]
+    [LinuxFact("/dev/kvm")]
     public void Calls_OfKvm_Work()
     {
-        if (!OperatingSystem.IsLinux() || !CanOpen("/dev/kvm"))
-        {
-            return;
-        }
-
         Probe(out _, "calls", "kvm").Should().Be("works");
     }
 
@@ -158,19 +150,6 @@ public sealed class SandboxTests : IDisposable
 
     private static string DotnetRoot() =>
         Path.GetFullPath(Path.Combine(System.Runtime.InteropServices.RuntimeEnvironment.GetRuntimeDirectory(), "../../.."));
-
-    private static bool CanOpen(string path)
-    {
-        try
-        {
-            File.OpenHandle(path, FileMode.Open, FileAccess.ReadWrite, FileShare.ReadWrite).Dispose();
-            return true;
-        }
-        catch (Exception absent) when (absent is IOException or UnauthorizedAccessException)
-        {
-            return false;
-        }
-    }
 
     private static string Probe(out int status, params string[] words)
     {

@@ -461,47 +461,30 @@ public sealed class UserNetworkTests : IDisposable
         advert.AsSpan(54 + 16 + 8 + 8 + 16, 16).ToArray().Should().Equal(prefix);
     }
 
-    [Fact]
+    [Loopback6Fact]
     public async Task Tcp6_ToGateway_ReachesLoopback()
     {
-        if (!Socket.OSSupportsIPv6)
-        {
-            return;
-        }
-
         NetGuest guest = MakeGuest();
-        TcpListener host;
-        try
-        {
-            host = new TcpListener(IPAddress.IPv6Loopback, 0);
-            host.Start();
-        }
-        catch (SocketException)
-        {
-            return; // a machine without ::1
-        }
-
-        using (host)
-        {
-            byte[] packet = new byte[60];
-            packet[0] = 0x60;
-            packet[5] = 20;
-            packet[6] = 6;
-            packet[7] = 64;
-            IPAddress.Parse("fd76:6d6d::15").GetAddressBytes().CopyTo(packet, 8);
-            IPAddress.Parse("fd76:6d6d::2").GetAddressBytes().CopyTo(packet, 24);
-            BinaryPrimitives.WriteUInt16BigEndian(packet.AsSpan(40), 4000);
-            BinaryPrimitives.WriteUInt16BigEndian(packet.AsSpan(42), PortOf(host));
-            packet[52] = 0x50;
-            packet[53] = 2;
-            packet[54] = 255;
-            guest.Send(guest.GatewayMac, 0x86DD, packet);
-            byte[] reply = guest.Wait(frame => frame[12] == 0x86 && frame[20] == 6);
-            reply[67].Should().Be(0x12, "SYN ACK");
-            uint length = (uint)reply.Length - 54;
-            NetFrames.Checksum(reply.AsSpan(54), NetFrames.Sum(reply.AsSpan(22, 32), 6 + length)).Should().Be(0);
-            using Socket accepted = await host.AcceptSocketAsync();
-        }
+        using var host = new TcpListener(IPAddress.IPv6Loopback, 0);
+        host.Start();
+        byte[] packet = new byte[60];
+        packet[0] = 0x60;
+        packet[5] = 20;
+        packet[6] = 6;
+        packet[7] = 64;
+        IPAddress.Parse("fd76:6d6d::15").GetAddressBytes().CopyTo(packet, 8);
+        IPAddress.Parse("fd76:6d6d::2").GetAddressBytes().CopyTo(packet, 24);
+        BinaryPrimitives.WriteUInt16BigEndian(packet.AsSpan(40), 4000);
+        BinaryPrimitives.WriteUInt16BigEndian(packet.AsSpan(42), PortOf(host));
+        packet[52] = 0x50;
+        packet[53] = 2;
+        packet[54] = 255;
+        guest.Send(guest.GatewayMac, 0x86DD, packet);
+        byte[] reply = guest.Wait(frame => frame[12] == 0x86 && frame[20] == 6);
+        reply[67].Should().Be(0x12, "SYN ACK");
+        uint length = (uint)reply.Length - 54;
+        NetFrames.Checksum(reply.AsSpan(54), NetFrames.Sum(reply.AsSpan(22, 32), 6 + length)).Should().Be(0);
+        using Socket accepted = await host.AcceptSocketAsync();
     }
 
     [Fact]
@@ -688,5 +671,22 @@ public sealed class UserNetworkTests : IDisposable
         var net = new UserNetwork(change is null ? options : change(options));
         _open.Add(net);
         return (net, new NetGuest(net, mac ?? s_mac, net.GuestIPv4.ToString()));
+    }
+
+    [AttributeUsage(AttributeTargets.Method)]
+    private sealed class Loopback6FactAttribute : FactAttribute
+    {
+        public Loopback6FactAttribute()
+        {
+            try
+            {
+                using var socket = new Socket(AddressFamily.InterNetworkV6, SocketType.Stream, ProtocolType.Tcp);
+                socket.Bind(new IPEndPoint(IPAddress.IPv6Loopback, 0));
+            }
+            catch (SocketException)
+            {
+                Skip = "this machine has no ::1";
+            }
+        }
     }
 }
