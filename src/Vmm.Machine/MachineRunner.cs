@@ -68,6 +68,7 @@ public static class MachineRunner
             {
                 soft.Translate = spec.Soft.Translate;
                 soft.PerfMap = perfMap;
+                soft.CountAccesses = options.ReportStatistics;
             }
 
             if (options.ReportDriver)
@@ -90,7 +91,9 @@ public static class MachineRunner
             MachineResult result = machine.Run();
             foreach (VmStatistic one in options.ReportStatistics ? machine.ReadStatistics() : [])
             {
-                log.WriteLine($"vmctl: {spec.Name}: {one.Name} {one.Value}");
+                string share = one.Of == 0 ? "" : FormattableString.Invariant(
+                    $" of {one.Of} ({100.0 * one.Value / one.Of:F2} %)");
+                log.WriteLine($"vmctl: {spec.Name}: {one.Name} {one.Value}{share}");
             }
 
             if (result.Message is not null)

@@ -133,8 +133,11 @@ internal unsafe struct CpuContext
     /// <summary>What is counted of each site.</summary>
     public const int SiteCountersOffset = SiteJournalOffset + (Sites.Count * sizeof(int));
 
+    /// <summary>Generated code's checks of operands, by AccessCount, when it counts them.</summary>
+    public const int AccessCountsOffset = SiteCountersOffset + (Sites.Count * Sites.CounterBytes);
+
     /// <summary>Bytes of the context and the tables behind it.</summary>
-    public const int TotalBytes = SiteCountersOffset + (Sites.Count * Sites.CounterBytes);
+    public const int TotalBytes = AccessCountsOffset + (AccessCount.Count * sizeof(ulong));
 
     /// <summary>Where the XSAVE area starts: standard (non-compacted) format, 64-byte aligned, 4096 bytes.</summary>
     public const int XsaveOffset = 0x1000;

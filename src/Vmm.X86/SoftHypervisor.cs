@@ -67,6 +67,12 @@ public sealed class SoftHypervisor : IHypervisor
     public bool Deterministic { get; set; }
 
     /// <summary>
+    /// Lets translated code of VMs made from now on count its checks of memory operands and its look-ups of branch
+    /// targets, for statistics. Costs an instruction or two for each; without it such code is not made.
+    /// </summary>
+    public bool CountAccesses { get; set; }
+
+    /// <summary>
     /// Gets a line for each translated block of VMs made from now on, in the form of Linux perf's /tmp/perf-PID.map. The
     /// caller disposes it after the VMs; vCPU threads write to it under its lock.
     /// </summary>
@@ -105,6 +111,7 @@ public sealed class SoftHypervisor : IHypervisor
             Translate = Translate,
             CountInstructions = CountInstructions || Deterministic,
             Deterministic = Deterministic,
+            CountAccesses = CountAccesses,
             PerfMap = PerfMap,
         };
     }

@@ -64,6 +64,9 @@ public sealed unsafe class SoftVm : IVm, IVmStatistics
     /// <summary>Gets a line for each translated block.</summary>
     internal TextWriter? PerfMap { get; init; }
 
+    /// <summary>Translated code counts its checks of memory operands.</summary>
+    internal bool CountAccesses { get; init; }
+
     /// <summary>The same program does the same in each run.</summary>
     internal bool Deterministic { get; init; }
 

@@ -141,6 +141,7 @@ internal sealed unsafe class TestVm : IDisposable
     /// <param name="perfMap">Gets a line for each translated block.</param>
     /// <param name="hostClock">Guest time runs.</param>
     /// <param name="deterministic">The vCPU stops at SoftVcpu.StopAt.</param>
+    /// <param name="countAccesses">Translated code counts its checks of memory operands.</param>
     /// <param name="logDirty">The memory has a dirty log; stores then look at its flags each time.</param>
     public TestVm(
         ulong bytes = 4 << 20,
@@ -150,7 +151,8 @@ internal sealed unsafe class TestVm : IDisposable
         TextWriter? perfMap = null,
         bool logDirty = false,
         bool hostClock = false,
-        bool deterministic = false)
+        bool deterministic = false,
+        bool countAccesses = false)
     {
         Clock = new FakeClock { FollowsHost = hostClock };
         _block = (byte*)NativeMemory.AlignedAlloc((nuint)bytes + (2 * MarginBytes), 4096);
@@ -164,6 +166,7 @@ internal sealed unsafe class TestVm : IDisposable
             Translate = translateAfter != 0,
             CountInstructions = countInstructions,
             Deterministic = deterministic,
+            CountAccesses = countAccesses,
             PerfMap = perfMap,
         };
         Vm = (SoftVm)hypervisor.CreateVm(new VmOptions { Ports = Ports, Mmio = Mmio, Clock = Clock });

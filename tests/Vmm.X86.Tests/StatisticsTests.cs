@@ -55,6 +55,77 @@ public sealed class StatisticsTests
             .And.AllSatisfy(line => line.Should().MatchRegex("^[0-9a-f]+ [0-9a-f]+ guest-kernel-[0-9a-f]+$"));
     }
 
+    [Fact]
+    public void Accesses_OfAProgram_AreCountedByTheirClass()
+    {
+        const int rounds = 100;
+        using var vm = new TestVm(countAccesses: true);
+        vm.EnterLong(cpl: 3);
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            var loop = a.CreateLabel();
+            var routine = a.CreateLabel();
+            a.mov(r8d, rounds);
+            a.mov(rbx, 0x20000);
+            a.mov(rcx, 0x24000);
+            a.Label(ref loop);
+            a.mov(rax, __qword_ptr[rbx]);
+            a.call(routine);
+            a.xchg(rbx, rcx);
+            a.dec(r8d);
+            a.jne(loop);
+            a.@int(0x80);
+            a.Label(ref routine);
+            a.nop();
+            a.ret();
+        });
+        vm.Run();
+
+        Dictionary<string, VmStatistic> all = ReadAll(vm);
+        all["hits-user-stack"].Of.Should().Be(2 * rounds, "CALL and RET");
+        all["hits-user-stack"].Value.Should().BeInRange((2 * rounds) - 8, 2 * rounds);
+        all["hits-user-site"].Of.Should().Be(rounds);
+        all["hits-user-site"].Value.Should().BeLessThan(rounds, "the operand goes from page to page");
+        all["slow-user-site"].Value.Should().BeLessThan(10, "the TLB has both pages, so that handlers are not needed");
+        all["hits-kernel-tlb"].Of.Should().Be(0);
+        all["hits-branch"].Of.Should().BeInRange(rounds, rounds + 2, "RET");
+        all["hits-branch"].Value.Should().BeInRange(rounds - 2, rounds);
+    }
+
+    [Fact]
+    public void Accesses_WithoutCounting_AreNotListedAndCostNoCode()
+    {
+        using var plain = new TestVm();
+        using var counting = new TestVm(countAccesses: true);
+        long[] bytes = new long[2];
+        foreach (TestVm vm in new[] { plain, counting })
+        {
+            vm.EnterLong();
+            vm.Assemble(TestVm.CodeAt, 64, a =>
+            {
+                a.mov(rax, __qword_ptr[rsp + 0x20]);
+                a.hlt();
+            });
+            vm.Run().Should().Be(ExitKind.Halted);
+            bytes[vm == plain ? 0 : 1] = ReadAll(vm)["host-code-bytes"].Value;
+        }
+
+        ReadAll(plain).Keys.Should().NotContain(name => name.StartsWith("hits-", StringComparison.Ordinal));
+        ReadAll(counting).Keys.Should().Contain("hits-kernel-stack");
+        bytes[0].Should().BeLessThan(bytes[1]);
+    }
+
+    private static Dictionary<string, VmStatistic> ReadAll(TestVm vm)
+    {
+        var all = new Dictionary<string, VmStatistic>();
+        foreach (VmStatistic one in ((IVmStatistics)vm.Vm).ReadStatistics())
+        {
+            all.Add(one.Name, one);
+        }
+
+        return all;
+    }
+
     private static Dictionary<string, long> Read(TestVm vm)
     {
         var all = new Dictionary<string, long>();

@@ -50,7 +50,11 @@ public sealed unsafe partial class SoftVcpu
         if (_code is not null)
         {
             _traits = new TraitsTable(this);
-            _translator = new Translator(_code, _traits) { PerfMap = Vm.PerfMap };
+            _translator = new Translator(_code, _traits)
+            {
+                PerfMap = Vm.PerfMap,
+                CountsAccesses = Vm.CountAccesses,
+            };
             _cpu->CountsBlocks = Vm.Deterministic ? 2 : Vm.CountInstructions ? 1 : 0;
             _cpu->Helper = (nint)(delegate* unmanaged<CpuContext*, ulong, ulong, ulong>)&ExecuteRecord;
         }

@@ -5,8 +5,56 @@ using Vmm.Core;
 
 namespace Vmm.X86;
 
-// What `vmctl run --stats` shows of the software processor. Counting costs next to nothing: generated code counts only in
-// its cold paths, so there are misses and no hits.
+// What `vmctl run --stats` shows of the software processor. Generated code always counts in its cold paths, where that
+// costs nothing. Hits are counted by instructions that the translator emits only for a VM made with CountAccesses
+// (`--stats` does that): without it the code is byte for byte what it would be if nothing were counted.
+
+/// <summary>How a memory operand is checked: the level that the code runs at, and by what.</summary>
+internal enum AccessClass
+{
+    /// <summary>A site for the stack (Sites.cs).</summary>
+    UserStack,
+
+    /// <summary>A site of the operand's own; one more than the stack's of the same level.</summary>
+    UserSite,
+
+    /// <summary>The TLB.</summary>
+    UserTlb,
+    KernelStack,
+    KernelSite,
+    KernelTlb,
+}
+
+/// <summary>What lies at CpuContext.AccessCountsOffset: for each class three counts, then two of branches.</summary>
+internal static class AccessCount
+{
+    /// <summary>Checks made. Operands that are checked together count as one.</summary>
+    public const int Checks = 0;
+
+    /// <summary>Of a site: checks that it failed.</summary>
+    public const int Misses = 1;
+
+    /// <summary>Of a site: those that its filling did not help, so that a handler executed the instruction.</summary>
+    public const int Slow = 2;
+
+    /// <summary>Of the TLB: checks that passed.</summary>
+    public const int Hits = 1;
+
+    /// <summary>Counts of a class.</summary>
+    public const int OfClass = 3;
+
+    /// <summary>Classes.</summary>
+    public const int Classes = (int)AccessClass.KernelTlb + 1;
+
+    /// <summary>Look-ups in the indirect-branch cache.</summary>
+    public const int BranchProbes = Classes * OfClass;
+
+    /// <summary>Those that did not find the target, or a request.</summary>
+    public const int BranchMisses = BranchProbes + 1;
+
+    /// <summary>All counts.</summary>
+    public const int Count = BranchMisses + 1;
+}
 
 /// <summary>Adds up the counts of the vCPUs of a VM.</summary>
 internal static unsafe class Statistics
@@ -52,7 +100,7 @@ internal static unsafe class Statistics
             }
             else
             {
-                sums[i] = new VmStatistic(sums[i].Name, sums[i].Value + more[i].Value);
+                sums[i] = sums[i] with { Value = sums[i].Value + more[i].Value, Of = sums[i].Of + more[i].Of };
             }
         }
     }
@@ -61,7 +109,7 @@ internal static unsafe class Statistics
     {
         CpuContext* cpu = vcpu.Context;
         Translator? translator = vcpu.Translator;
-        return
+        List<VmStatistic> all =
         [
             new("instructions-counted", (long)cpu->InstructionCount),
             new("blocks-decoded", cpu->Blocks.Decoded),
@@ -90,6 +138,40 @@ internal static unsafe class Statistics
             new("blocks-interpreted-crossing", vcpu.InterpretedCrossing),
             new("handler-calls", TotalCalls(cpu)),
         ];
+        if (translator is { CountsAccesses: true })
+        {
+            AddAccesses(cpu, all);
+        }
+
+        return all;
+    }
+
+    // SAFETY: the counts lie behind the context, and indices stay below their number.
+    private static void AddAccesses(CpuContext* cpu, List<VmStatistic> all)
+    {
+        var first = (ulong*)((byte*)cpu + CpuContext.AccessCountsOffset);
+        for (int i = 0; i < AccessCount.Classes; i++)
+        {
+            ulong* counts = first + (i * AccessCount.OfClass);
+            string name = (AccessClass)i switch
+            {
+                AccessClass.UserStack => "user-stack",
+                AccessClass.UserSite => "user-site",
+                AccessClass.UserTlb => "user-tlb",
+                AccessClass.KernelStack => "kernel-stack",
+                AccessClass.KernelSite => "kernel-site",
+                _ => "kernel-tlb",
+            };
+            var checks = (long)counts[AccessCount.Checks];
+            bool isTlb = (AccessClass)i is AccessClass.UserTlb or AccessClass.KernelTlb;
+            long hits = isTlb ? (long)counts[AccessCount.Hits] : checks - (long)counts[AccessCount.Misses];
+            long slow = isTlb ? checks - hits : (long)counts[AccessCount.Slow];
+            all.Add(new VmStatistic("hits-" + name, hits, checks));
+            all.Add(new VmStatistic("slow-" + name, slow, checks));
+        }
+
+        var probes = (long)first[AccessCount.BranchProbes];
+        all.Add(new VmStatistic("hits-branch", probes - (long)first[AccessCount.BranchMisses], probes));
     }
 
     // SAFETY: here and below: HandlerCalls has Codes entries until the vCPU is disposed, and the caller holds the VM's gate.

@@ -181,6 +181,7 @@ internal sealed unsafe partial class Translator
     // Goes to the linear address in T0.
     private void EmitBranchProbe(int exit)
     {
+        CountAccess(AccessCount.BranchProbes);
         _e.Move(Host.T1, Host.T0);
         _e.Shift(5, Host.T1, 11);
         _e.Alu32(AluOp.Xor, Host.T1, Host.T0);
@@ -196,6 +197,7 @@ internal sealed unsafe partial class Translator
         _e.Land(other);
         _e.Load(Host.T0, BranchTable(CpuContext.BranchKeysOffset + BranchKey.LinearOffset));
         _e.Land(miss);
+        CountAccess(AccessCount.BranchMisses);
         _e.Store(HostMemory.Context(Offsets.Rip), Host.T0);
         _e.MoveImmediate(Host.T0, (uint)exit);
         _e.Jump(_cache.Stubs.ExitFlagImage);

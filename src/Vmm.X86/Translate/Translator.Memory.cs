@@ -228,6 +228,9 @@ internal sealed unsafe partial class Translator
             SlowJump(_e.JumpIf(HostCondition.NotEqual));
         }
 
+        AccessClass access = (mode == MmuMode.User ? AccessClass.UserSite : AccessClass.KernelSite) -
+            (IsStack(form) ? 1 : 0);
+        CountAccess(access, AccessCount.Checks);
         _e.Alu(AluOp.Sub, target, HostMemory.Context(site + SiteEntry.LowOffset));
         _e.Alu(AluOp.Cmp, target, HostMemory.Context(site + SiteEntry.LimitOffset));
         byte* other = _e.JumpIf(HostCondition.AboveOrEqual);
@@ -251,6 +254,7 @@ internal sealed unsafe partial class Translator
             Group = _slowGroup,
             IsMerged = isMerged,
             Target = target,
+            Access = access,
         };
     }
 
@@ -282,6 +286,8 @@ internal sealed unsafe partial class Translator
             SlowJump(_e.JumpIf(HostCondition.NotEqual));
         }
 
+        AccessClass access = DataMode == MmuMode.User ? AccessClass.UserTlb : AccessClass.KernelTlb;
+        CountAccess(access, AccessCount.Checks);
         _e.Shift(5, Host.T1, 7);
         _e.AluImmediate(AluOp.And, Host.T1, (TlbEntry.Count - 1) << 5, wide: false);
         _e.Lea(
@@ -299,6 +305,19 @@ internal sealed unsafe partial class Translator
         }
 
         _e.Load(Host.T1, HostMemory.Context(Host.T1, table + TlbEntry.AddendOffset));
+        CountAccess(access, AccessCount.Hits);
+    }
+
+    // One more check of a class, in the mode that counts. Destroys flags, as checks do.
+    private void CountAccess(AccessClass access, int what) => CountAccess(((int)access * AccessCount.OfClass) + what);
+
+    private void CountAccess(int counter)
+    {
+        if (CountsAccesses)
+        {
+            _e.AluImmediate8(
+                AluOp.Add, HostMemory.Context(CpuContext.AccessCountsOffset + (sizeof(ulong) * counter)), 1, wide: true);
+        }
     }
 
     // A register = what a form addresses.
@@ -318,6 +337,7 @@ internal sealed unsafe partial class Translator
     private void EmitMiss(ref SiteMiss miss)
     {
         _e.Land(miss.Jump);
+        CountAccess(miss.Access, AccessCount.Misses);
         int other = miss.Target == Host.T1 ? Host.T0 : Host.T1;
         Address(miss.Form, miss.Target);
         _e.Push(other);
@@ -335,6 +355,7 @@ internal sealed unsafe partial class Translator
 
         _e.Pop(other);
         _e.JumpIf(HostCondition.Equal, (byte*)miss.Back);
+        CountAccess(miss.Access, AccessCount.Slow);
         _slow[_slowCount++] = new SlowSite
         {
             Jump = _e.JumpForward(),
@@ -375,5 +396,8 @@ internal sealed unsafe partial class Translator
 
         /// <summary>T1, or T0 for the second operand of a group.</summary>
         public int Target;
+
+        /// <summary>For statistics.</summary>
+        public AccessClass Access;
     }
 }

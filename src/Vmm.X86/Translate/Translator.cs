@@ -94,6 +94,9 @@ internal sealed unsafe partial class Translator
     /// <summary>Gets a line for each block (Linux perf's map of generated code); null for none.</summary>
     public TextWriter? PerfMap { get; init; }
 
+    /// <summary>Generated code counts its checks (AccessCount).</summary>
+    public bool CountsAccesses { get; init; }
+
     /// <summary>Of those, how many go to the interpreter's handlers.</summary>
     public long HandlerSites { get; private set; }
 
