@@ -37,6 +37,7 @@ internal sealed class CpuModel
     private const uint Leaf1EcxX2Apic = 1u << 21;
     private const uint Leaf1EcxTscDeadline = 1u << 24;
     private const uint Leaf1EcxOsxsave = 1u << 27;
+    private const uint Leaf7EcxLa57 = 1u << 16;
     private const uint Leaf1EcxHypervisor = 1u << 31;
     private const uint Leaf1EdxApic = 1u << 9;
     private const uint Leaf1EdxHtt = 1u << 28;
@@ -46,6 +47,9 @@ internal sealed class CpuModel
     private readonly bool _ownApic;
     private readonly bool _apicMsrs;
     private readonly uint _maxPhysicalBits;
+
+    // Addresses of 57 bits go with 5-level paging, which a model may not have.
+    private readonly uint _maxLinearBits = 48;
 
     /// <summary>Computes the common part.</summary>
     /// <param name="supported">The driver's leaves.</param>
@@ -81,6 +85,10 @@ internal sealed class CpuModel
             if (entry.Function == 1)
             {
                 Signature = entry.Eax;
+            }
+            else if (entry.Function == 7 && entry.Index == 0 && (entry.Ecx & Leaf7EcxLa57) != 0)
+            {
+                _maxLinearBits = 57;
             }
         }
     }
@@ -134,9 +142,10 @@ internal sealed class CpuModel
                     : entry with { Eax = (entry.Eax & 0x3FFF) | (sharing << 14) | (cores << 26) };
             case 0x80000008:
                 uint bits = Math.Min(entry.Eax & 0xFF, _maxPhysicalBits);
+                uint linear = Math.Min((entry.Eax >> 8) & 0xFF, _maxLinearBits);
                 return entry with
                 {
-                    Eax = (entry.Eax & ~0xFFu) | bits,
+                    Eax = (entry.Eax & ~0xFFFFu) | (linear << 8) | bits,
                     Ecx = (entry.Ecx & ~0xF0FFu) | ((uint)_topology.SocketShift << 12) | (perSocket - 1),
                 };
             case 0x8000001D:
