@@ -10,7 +10,10 @@ namespace Vmm.X86;
 //   FlagCarry   carry-out vector of the adder:          CF = bit 63, OF = bit 63 ^ bit 62, AF = bit 3
 // The carry-out vector of an n-bit operation is shifted left so that the carry out of the top bit is bit 63 and the one
 // into it is bit 62; the carry out of bit 3 stays where it is. Delta is 0 after every ALU operation and differs only
-// when flags are loaded as a whole (POPF, SAHF, rotates, instructions run natively).
+// when flags are loaded as a whole (POPF, SAHF, rotates, instructions run natively) or PF is cleared.
+//
+// Flags that the architecture leaves undefined are clear, except that division and bit tests leave what was there. A
+// translator that must agree with this makes them so (Translator.ClearUndefined).
 
 /// <summary>Lazy arithmetic flags. T is byte, ushort, uint or ulong.</summary>
 internal static unsafe class Flags
@@ -75,13 +78,14 @@ internal static unsafe class Flags
         }
     }
 
-    /// <summary>Sets ZF from a value and leaves the other flags, which are undefined after BSF and BSR.</summary>
-    public static void SetZero<T>(CpuContext* cpu, ulong value)
-        where T : unmanaged
-    {
-        ulong others = GetArithmetic(cpu) & ~Rflags.Zf;
-        SetArithmetic(cpu, others | (value == 0 ? Rflags.Zf : 0));
-    }
+    /// <summary>MUL and IMUL: CF and OF.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void Product(CpuContext* cpu, bool overflows) =>
+        SetArithmetic(cpu, overflows ? Rflags.Cf | Rflags.Of : 0);
+
+    /// <summary>Clears PF behind Logic or Result.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static void ClearParity(CpuContext* cpu) => cpu->FlagDelta = (uint)~BitOperations.PopCount((byte)cpu->FlagResult) & 1;
 
     /// <summary>Sets CF and OF, leaves the others: rotates.</summary>
     public static void SetCarryOverflow(CpuContext* cpu, bool carry, bool overflow) =>

@@ -29,7 +29,15 @@ public sealed unsafe partial class SoftVcpu
     public long StopAt
     {
         get => (long)_cpu->CountLimit;
-        set => _cpu->CountLimit = (ulong)value;
+        set
+        {
+            _cpu->CountLimit = (ulong)value;
+            if (Vm.Deterministic)
+            {
+                // The block that runs may have been entered under a later limit.
+                Interlocked.Or(ref _cpu->Request, RequestBits.Look);
+            }
+        }
     }
 
     /// <summary>Instructions executed so far. Any thread; approximate while running.</summary>
@@ -414,7 +422,11 @@ public sealed unsafe partial class SoftVcpu
                 _exit = -1;
             }
 
-            if (status == Status.Next)
+            if (status == Status.Next && Vm.Deterministic)
+            {
+                status = RunExactly(cpu, ref insn);
+            }
+            else if (status == Status.Next)
             {
                 Insn* start = insn;
                 while ((status = insn->Handler(cpu, insn)) == Status.Next)
@@ -482,6 +494,34 @@ public sealed unsafe partial class SoftVcpu
 
             block = next;
         }
+    }
+
+    // The same for a deterministic VM: a handler, and a device behind it, sees the exact count, and what it requests (an
+    // interrupt that it raised, a timer that it armed) is served right behind it, as in generated code.
+    private static Status RunExactly(CpuContext* cpu, ref Insn* insn)
+    {
+        Insn* at = insn;
+        Status status;
+        while (true)
+        {
+            status = at->Handler(cpu, at);
+            cpu->InstructionCount++;
+            if (status != Status.Next)
+            {
+                break;
+            }
+
+            at++;
+            if (Volatile.Read(ref cpu->Request) != 0)
+            {
+                cpu->Rip = Insn.Address(cpu, at);
+                status = Status.Look;
+                break;
+            }
+        }
+
+        insn = at;
+        return status;
     }
 
     // A block could go beyond the limit: from here on instruction by instruction.

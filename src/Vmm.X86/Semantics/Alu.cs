@@ -137,7 +137,7 @@ internal readonly unsafe struct OpShl : IBinary
 
         int bits = 8 * sizeof(T);
         bool carry = count <= bits && ((left >> (bits - count)) & 1) != 0;
-        Flags.Result<T>(cpu, result, carry, carry != Shift.Top<T>(result));
+        Flags.Result<T>(cpu, result, carry, count == 1 && carry != Shift.Top<T>(result));
     }
 }
 
@@ -156,7 +156,7 @@ internal readonly unsafe struct OpShr : IBinary
         }
 
         bool carry = ((left >> (count - 1)) & 1) != 0;
-        Flags.Result<T>(cpu, result, carry, Shift.Top<T>(result) != Shift.Top<T>(result << 1));
+        Flags.Result<T>(cpu, result, carry, count == 1 && Shift.Top<T>(left));
     }
 }
 
@@ -192,10 +192,11 @@ internal readonly unsafe struct OpRol : IBinary
     public static void SetFlags<T>(CpuContext* cpu, ulong left, ulong right, ulong result)
         where T : unmanaged
     {
-        if (Shift.Count<T>(right) != 0)
+        int count = Shift.Count<T>(right);
+        if (count != 0)
         {
             bool carry = (result & 1) != 0;
-            Flags.SetCarryOverflow(cpu, carry, carry != Shift.Top<T>(result));
+            Flags.SetCarryOverflow(cpu, carry, count == 1 && carry != Shift.Top<T>(result));
         }
     }
 }
@@ -213,10 +214,11 @@ internal readonly unsafe struct OpRor : IBinary
     public static void SetFlags<T>(CpuContext* cpu, ulong left, ulong right, ulong result)
         where T : unmanaged
     {
-        if (Shift.Count<T>(right) != 0)
+        int count = Shift.Count<T>(right);
+        if (count != 0)
         {
             bool carry = Shift.Top<T>(result);
-            Flags.SetCarryOverflow(cpu, carry, carry != Shift.Top<T>(result << 1));
+            Flags.SetCarryOverflow(cpu, carry, count == 1 && carry != Shift.Top<T>(result << 1));
         }
     }
 }
@@ -243,11 +245,12 @@ internal readonly unsafe struct OpRcl : IBinary
         where T : unmanaged
     {
         int bits = 8 * sizeof(T);
-        int count = Shift.Count<T>(right) % (bits + 1);
-        if (count != 0)
+        int rounds = Shift.Count<T>(right);
+        int count = rounds % (bits + 1);
+        if (rounds != 0)
         {
-            bool carry = ((left >> (bits - count)) & 1) != 0;
-            Flags.SetCarryOverflow(cpu, carry, carry != Shift.Top<T>(result));
+            bool carry = count == 0 ? Flags.Carry(cpu) : ((left >> (bits - count)) & 1) != 0;
+            Flags.SetCarryOverflow(cpu, carry, rounds == 1 && carry != Shift.Top<T>(result));
         }
     }
 }
@@ -274,11 +277,12 @@ internal readonly unsafe struct OpRcr : IBinary
         where T : unmanaged
     {
         int bits = 8 * sizeof(T);
-        int count = Shift.Count<T>(right) % (bits + 1);
-        if (count != 0)
+        int rounds = Shift.Count<T>(right);
+        int count = rounds % (bits + 1);
+        if (rounds != 0)
         {
-            bool carry = ((left >> (count - 1)) & 1) != 0;
-            Flags.SetCarryOverflow(cpu, carry, Shift.Top<T>(result) != Shift.Top<T>(result << 1));
+            bool carry = count == 0 ? Flags.Carry(cpu) : ((left >> (count - 1)) & 1) != 0;
+            Flags.SetCarryOverflow(cpu, carry, rounds == 1 && Shift.Top<T>(result) != Shift.Top<T>(result << 1));
         }
     }
 }

@@ -447,7 +447,7 @@ internal readonly unsafe struct ScanBsf : IScan
     public static void Run<T>(CpuContext* cpu, int destination, ulong source)
         where T : unmanaged
     {
-        Flags.SetZero<T>(cpu, source);
+        Flags.SetArithmetic(cpu, source == 0 ? Rflags.Zf : 0);
         if (source != 0)
         {
             Reg.Set<T>(cpu, destination, (ulong)BitOperations.TrailingZeroCount(source));
@@ -460,7 +460,7 @@ internal readonly unsafe struct ScanBsr : IScan
     public static void Run<T>(CpuContext* cpu, int destination, ulong source)
         where T : unmanaged
     {
-        Flags.SetZero<T>(cpu, source);
+        Flags.SetArithmetic(cpu, source == 0 ? Rflags.Zf : 0);
         if (source != 0)
         {
             Reg.Set<T>(cpu, destination, (ulong)BitOperations.Log2(source));
@@ -475,7 +475,7 @@ internal readonly unsafe struct ScanTzcnt : IScan
     {
         ulong count = source == 0 ? 8UL * (uint)sizeof(T) : (ulong)BitOperations.TrailingZeroCount(source);
         Reg.Set<T>(cpu, destination, count);
-        Flags.Result<T>(cpu, count, source == 0, false);
+        Flags.SetArithmetic(cpu, (source == 0 ? Rflags.Cf : 0) | (count == 0 ? Rflags.Zf : 0));
     }
 }
 
@@ -486,7 +486,7 @@ internal readonly unsafe struct ScanLzcnt : IScan
     {
         ulong count = (ulong)BitOperations.LeadingZeroCount(source) - (64 - (8UL * (uint)sizeof(T)));
         Reg.Set<T>(cpu, destination, count);
-        Flags.Result<T>(cpu, count, source == 0, false);
+        Flags.SetArithmetic(cpu, (source == 0 ? Rflags.Cf : 0) | (count == 0 ? Rflags.Zf : 0));
     }
 }
 
@@ -510,6 +510,7 @@ internal readonly unsafe struct ScanBlsi : IScan
         ulong result = source & (0 - source);
         Reg.Set<T>(cpu, destination, result);
         Flags.Result<T>(cpu, Reg.Truncate<T>(result), source != 0, false);
+        Flags.ClearParity(cpu);
     }
 }
 
@@ -521,6 +522,7 @@ internal readonly unsafe struct ScanBlsr : IScan
         ulong result = source & (source - 1);
         Reg.Set<T>(cpu, destination, result);
         Flags.Result<T>(cpu, Reg.Truncate<T>(result), source == 0, false);
+        Flags.ClearParity(cpu);
     }
 }
 
@@ -532,6 +534,7 @@ internal readonly unsafe struct ScanBlsmsk : IScan
         ulong result = Reg.Truncate<T>(source ^ (source - 1));
         Reg.Set<T>(cpu, destination, result);
         Flags.Result<T>(cpu, result, source == 0, false);
+        Flags.ClearParity(cpu);
     }
 }
 
@@ -556,7 +559,7 @@ internal static unsafe class Multiply
         }
 
         Store<T>(cpu, low, high);
-        Flags.Result<T>(cpu, low, high != 0, high != 0);
+        Flags.Product(cpu, high != 0);
     }
 
     public static void Signed<T>(CpuContext* cpu, ulong right)
@@ -582,7 +585,7 @@ internal static unsafe class Multiply
         }
 
         Store<T>(cpu, low, high);
-        Flags.Result<T>(cpu, low, overflow, overflow);
+        Flags.Product(cpu, overflow);
     }
 
     /// <summary>Two- and three-operand IMUL.</summary>
@@ -606,7 +609,7 @@ internal static unsafe class Multiply
             overflow = (long)Flags.SignExtend<T>(low) != product;
         }
 
-        Flags.Result<T>(cpu, low, overflow, overflow);
+        Flags.Product(cpu, overflow);
         return low;
     }
 
@@ -955,7 +958,7 @@ internal readonly unsafe struct DoubleShift<TLeft> : IForm
             Reg.Set<T>(cpu, insn->R0, result);
         }
 
-        Flags.Result<T>(cpu, result, carry, Shift.Top<T>(result) != Shift.Top<T>(left));
+        Flags.Result<T>(cpu, result, carry, count == 1 && Shift.Top<T>(result) != Shift.Top<T>(left));
         return Status.Next;
     }
 }
@@ -1092,6 +1095,7 @@ internal readonly unsafe struct OpAndn : ITernary
     {
         ulong result = ~source & control;
         Flags.Logic<T>(cpu, result);
+        Flags.ClearParity(cpu);
         return result;
     }
 }
@@ -1124,6 +1128,7 @@ internal readonly unsafe struct OpBzhi : ITernary
         int index = (int)control & 0xFF;
         ulong result = index < bits ? source & ((1UL << index) - 1) : source;
         Flags.Result<T>(cpu, result, index >= bits, false);
+        Flags.ClearParity(cpu);
         return result;
     }
 }

@@ -108,12 +108,17 @@ internal sealed unsafe class CodeStubs
     /// <summary>For each class of sites.</summary>
     public nint[] FillSite { get; } = new nint[Sites.Classes];
 
-    /// <summary>FlagImage = the host's flags. Leaves the host's flags undefined.</summary>
-    public static void SaveFlags(ref Emitter e, int scratch)
+    /// <summary>FlagImage = the host's flags without some of the image's. Leaves the host's flags undefined.</summary>
+    public static void SaveFlags(ref Emitter e, int scratch, int without = 0)
     {
         e.Move(scratch, Host.Rax);
         e.Lahf();
         e.SetOverflowAl();
+        if (without != 0)
+        {
+            e.AluImmediate(AluOp.And, Host.Rax, ~without, wide: false);
+        }
+
         e.StoreWord(HostMemory.Context(Offsets.FlagImage), Host.Rax);
         e.Move(Host.Rax, scratch);
     }

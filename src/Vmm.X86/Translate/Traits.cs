@@ -67,6 +67,9 @@ internal struct InsnTraits
     /// <summary>Those that are written, cleared, set or left undefined.</summary>
     public byte Writes;
 
+    /// <summary>In a deterministic VM: those that code must clear, because processors differ in them.</summary>
+    public byte Undefined;
+
     /// <summary>Two bits an operand: 1 read, 2 written.</summary>
     public ushort Access;
 
@@ -123,9 +126,43 @@ internal sealed unsafe class TraitsTable
 
             // Undefined by the book (SDM 2B, MOV), unchanged by processors and by the interpreter.
             traits.Writes = traits.Kind == InsnKind.MoveFromControl ? (byte)0 : traits.Writes;
+            if (_vcpu.Vm.Deterministic)
+            {
+                Settle(instruction, ref traits);
+            }
         }
 
         return traits;
+    }
+
+    // Flags are what the interpreter makes of them (Flags.cs). All processors clear AF in logical operations, and leave all
+    // flags but CF as they are in bit tests.
+    private static void Settle(in Instruction instruction, ref InsnTraits traits)
+    {
+        if (traits.Kind is InsnKind.Div or InsnKind.Idiv)
+        {
+            traits.Writes = 0;
+            return;
+        }
+
+        traits.Undefined = instruction.Mnemonic is Mnemonic.And or Mnemonic.Or or Mnemonic.Xor or Mnemonic.Test
+            or Mnemonic.Bt or Mnemonic.Bts or Mnemonic.Btr or Mnemonic.Btc
+            ? (byte)0
+            : (byte)((byte)instruction.RflagsUndefined & AllFlags);
+        int size = instruction.OpCount == 0 ? 0 : instruction.Op0Kind == OpKind.Register
+            ? instruction.Op0Register.GetSize()
+            : instruction.MemorySize.GetSize();
+
+        // Whether a shift by CL writes flags is not known here. What is left has values of its own for some counts.
+        bool isUnsettled = (instruction.Op1Kind == OpKind.Register && instruction.Op1Register == Register.CL &&
+                traits.Undefined != 0) ||
+            instruction.Mnemonic is Mnemonic.Shld or Mnemonic.Shrd ||
+            (size < 4 && instruction.Mnemonic is Mnemonic.Rcl or Mnemonic.Rcr);
+        if (traits.Kind == InsnKind.X87 || isUnsettled)
+        {
+            // The interpreter keeps the last instruction's and operand's address of the x87 unit, too.
+            traits = new InsnTraits { Kind = InsnKind.Handler, Reads = AllFlags };
+        }
     }
 
     private InsnTraits Classify(Instruction instruction)

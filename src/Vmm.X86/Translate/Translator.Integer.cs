@@ -280,7 +280,7 @@ internal sealed unsafe partial class Translator
         }
         else if (memory >= 0)
         {
-            bool restores = touches && _live[_at] != 0;
+            bool restores = touches && _needed[_at] != 0;
             int access = (traits.Access >> (2 * memory)) & 3;
             bool isVector = traits.Kind == InsnKind.Vector;
             int size = isVector ? traits.MemoryBytes : original.MemorySize.GetSize();
@@ -331,9 +331,38 @@ internal sealed unsafe partial class Translator
         if (traits.Writes != 0)
         {
             WroteFlags();
+            ClearUndefined();
         }
 
         return true;
+    }
+
+    // Behind an instruction of a deterministic VM: saves flags, with those clear that the architecture leaves undefined, if
+    // anybody may see them.
+    private void ClearUndefined()
+    {
+        uint undefined = _traits[_at].Undefined & _live[_at + 1];
+        if (undefined == 0)
+        {
+            return;
+        }
+
+        CodeStubs.SaveFlags(ref _e, InGroup ? Host.T0 : Host.T1, Image((RflagsBits)undefined));
+        _held = InGroup ? -1 : _held;
+        _inHost = false;
+        _inImage = true;
+    }
+
+    // Iced's bits as FlagImage has them: OF in bit 0, the low byte of RFLAGS above.
+    private static int Image(RflagsBits flags)
+    {
+        int image = (flags & RflagsBits.OF) != 0 ? 1 : 0;
+        image |= (flags & RflagsBits.CF) != 0 ? (int)Rflags.Cf << 8 : 0;
+        image |= (flags & RflagsBits.PF) != 0 ? (int)Rflags.Pf << 8 : 0;
+        image |= (flags & RflagsBits.AF) != 0 ? (int)Rflags.Af << 8 : 0;
+        image |= (flags & RflagsBits.ZF) != 0 ? (int)Rflags.Zf << 8 : 0;
+        image |= (flags & RflagsBits.SF) != 0 ? (int)Rflags.Sf << 8 : 0;
+        return image;
     }
 
     private static void SetMemory(ref Instruction instruction, in HostMemory operand)
@@ -500,7 +529,12 @@ internal sealed unsafe partial class Translator
             return false;
         }
 
-        WroteFlags();
+        // Where they count as unchanged they are in the image still.
+        if (_traits[_at].Writes != 0)
+        {
+            WroteFlags();
+        }
+
         return true;
     }
 

@@ -48,6 +48,9 @@ internal sealed unsafe partial class Translator
     private readonly Instruction[] _insns = new Instruction[MaxInsns];
     private readonly InsnTraits[] _traits = new InsnTraits[MaxInsns];
     private readonly uint[] _live = new uint[MaxInsns + 1];
+
+    // _live without what only a fault or an interrupt in front of the instruction would show.
+    private readonly uint[] _needed = new uint[MaxInsns + 1];
     private readonly SlowSite[] _slow = new SlowSite[MaxInsns * 16];
     private readonly SiteMiss[] _misses = new SiteMiss[MaxInsns * 6];
     private readonly ColdExit[] _cold = new ColdExit[8 + (4 * MaxInsns)];
@@ -161,9 +164,21 @@ internal sealed unsafe partial class Translator
         _live[_count] = liveOut;
         for (int i = _count - 1; i >= 0; i--)
         {
-            _live[i] = Before(_live[i + 1] | LeavesWith(i), _insns[i], _traits[i]);
+            _needed[i] = Before(_live[i + 1] | LeavesWith(i), _insns[i], _traits[i]);
+            _live[i] = IsExact && (i == 0 || MayLeave(i)) ? All : _needed[i];
         }
     }
+
+    // The VM is deterministic: the flags in the image are right wherever generated code can be left.
+    private bool IsExact => _cpu->CountsBlocks == 2;
+
+    // Code of the instruction can fault, call a handler or leave.
+    private bool MayLeave(int i) => _traits[i].Kind switch
+    {
+        InsnKind.Nop or InsnKind.Lea or InsnKind.MoveFromSegment or InsnKind.Rdpid or InsnKind.Jcc or InsnKind.Jmp => false,
+        InsnKind.Pass or InsnKind.Vector => HasMemory(_insns[i]),
+        _ => true,
+    };
 
     // Flags that are read where an instruction inside a trace leaves it.
     private uint LeavesWith(int i) => _ways[i] switch
@@ -200,7 +215,7 @@ internal sealed unsafe partial class Translator
 
     private uint LiveOut()
     {
-        if (_count == 0)
+        if (_count == 0 || IsExact)
         {
             return All;
         }
@@ -364,7 +379,7 @@ internal sealed unsafe partial class Translator
             _inHost = false;
             _inImage = false;
         }
-        else if (vectors || x87 || _cpu->CountsBlocks == 2 || StartsInImage())
+        else if (vectors || x87 || IsExact || StartsInImage())
         {
             CodeStubs.SaveFlags(ref _e, Host.T1);
             image = _e.At;
@@ -390,7 +405,7 @@ internal sealed unsafe partial class Translator
             _e.Load(Host.T0, HostMemory.Context(Offsets.InstructionCount));
             _e.Lea(Host.T0, new HostMemory(Host.T0, _count));
             _e.Store(HostMemory.Context(Offsets.InstructionCount), Host.T0);
-            if (_cpu->CountsBlocks == 2)
+            if (IsExact)
             {
                 _e.Alu(AluOp.Cmp, Host.T0, HostMemory.Context(Offsets.CountLimit));
                 _cold[_coldCount++] = new ColdExit
@@ -505,7 +520,7 @@ internal sealed unsafe partial class Translator
     // Before something that reads flags, or writes only some of those that are live behind it.
     private void NeedFlags(int scratch)
     {
-        if (!_inHost && _live[_at] != 0)
+        if (!_inHost && _needed[_at] != 0)
         {
             CodeStubs.LoadFlags(ref _e, scratch);
             _held = scratch == Host.T0 ? -1 : _held;
