@@ -285,7 +285,7 @@ int
 vmk_irqchip_cap(uint64_t cap)
 {
 	switch (cap) {
-	case ABI_CAP_IRQCHIP: case ABI_CAP_PIT: case ABI_CAP_PIT2:
+	case ABI_CAP_IRQCHIP: case ABI_CAP_PIT2:
 	case ABI_CAP_PIT_STATE2: case ABI_CAP_REINJECT_CONTROL:
 	case ABI_CAP_IRQ_INJECT_STATUS: case ABI_CAP_IRQFD:
 	case ABI_CAP_SIGNAL_MSI: case ABI_CAP_SPLIT_IRQCHIP:

@@ -831,7 +831,7 @@ void
 vmk_lapic_reset(struct vmk_vcpu *vcpu, bool init)
 {
 	struct vmk_lapic *l = vcpu->lapic;
-	bool bsp = vcpu->id == vcpu->vm->boot_id;
+	bool bsp = vcpu->id == VMK_BOOT_ID;
 	uint32_t off;
 	uint64_t s;
 

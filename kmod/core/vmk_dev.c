@@ -178,8 +178,7 @@ check_extension(uint64_t cap)
 	case ABI_CAP_XCRS: case ABI_CAP_GET_TSC_KHZ: case ABI_CAP_READONLY_MEM:
 	case ABI_CAP_ENABLE_CAP_VM: case ABI_CAP_IOEVENTFD_NO_LENGTH:
 	case ABI_CAP_CHECK_EXTENSION_VM: case ABI_CAP_IOEVENTFD_ANY_LENGTH:
-	case ABI_CAP_IMMEDIATE_EXIT: case ABI_CAP_GET_MSR_FEATURES:
-	case ABI_CAP_SET_BOOT_CPU_ID: case ABI_CAP_EXIT_ON_EMULATION_FAILURE:
+	case ABI_CAP_IMMEDIATE_EXIT: case ABI_CAP_EXIT_ON_EMULATION_FAILURE:
 		return (1);
 	case ABI_CAP_COALESCED_MMIO:
 		return (ABI_COALESCED_PAGE);
@@ -223,12 +222,15 @@ supported_cpuid(uint64_t arg)
 
 /* The header always says how many there are, with E2BIG if too many. */
 static int
-index_list(uint64_t arg, const uint32_t *list, uint32_t n)
+msr_index_list(uint64_t arg)
 {
 	struct abi_msr_list h;
+	const uint32_t *list;
+	unsigned int n;
 	uint32_t room;
 	int error;
 
+	list = vmk_msr_list(&n);
 	error = vmk_copyin(arg, &h, sizeof(h));
 	if (error != 0)
 		return (error);
@@ -237,53 +239,14 @@ index_list(uint64_t arg, const uint32_t *list, uint32_t n)
 	error = vmk_copyout(&h, arg, sizeof(h));
 	if (error == 0 && room < n)
 		return (VMK_E2BIG);
-	if (error == 0 && n > 0)
+	if (error == 0)
 		error = vmk_copyout(list, arg + sizeof(h), n * 4UL);
 	return (error);
-}
-
-/*
- * System-wide GET_MSRS reads feature MSRs.  The two that exist have no
- * features: the microcode revision and AMD's DE_CFG.
- */
-static const uint32_t feature_list[] = { 0x8b, 0xc0011029 };
-
-static int
-feature_msrs(uint64_t arg, int *result)
-{
-	struct abi_msr_entry e;
-	struct abi_msrs h;
-	uint32_t i;
-	int error;
-
-	error = vmk_copyin(arg, &h, sizeof(h));
-	if (error != 0)
-		return (error);
-	if (h.nmsrs > VMK_MAX_MSRS)
-		return (VMK_E2BIG);
-	arg += sizeof(h);
-	for (i = 0; i < h.nmsrs; i++, arg += sizeof(e)) {
-		error = vmk_copyin(arg, &e, sizeof(e));
-		if (error != 0)
-			return (error);
-		if (e.index != feature_list[0] && e.index != feature_list[1])
-			break;
-		e.data = 0;
-		error = vmk_copyout(&e, arg, sizeof(e));
-		if (error != 0)
-			return (error);
-	}
-	*result = (int)i;
-	return (0);
 }
 
 static int
 system_ioctl(uint32_t request, uint64_t arg, int *result)
 {
-	const uint32_t *list;
-	unsigned int n;
-	uint64_t zero = 0;
-
 	switch (request) {
 	case ABI_GET_API_VERSION:
 		*result = ABI_VERSION;
@@ -299,15 +262,7 @@ system_ioctl(uint32_t request, uint64_t arg, int *result)
 	case ABI_GET_SUPPORTED_CPUID:
 		return (supported_cpuid(arg));
 	case ABI_GET_MSR_INDEX_LIST:
-		list = vmk_msr_list(&n);
-		return (index_list(arg, list, n));
-	case ABI_GET_MSR_FEATURE_INDEX_LIST:
-		return (index_list(arg, feature_list,
-		    VMK_ARRAY_LEN(feature_list)));
-	case ABI_GET_MSRS:
-		return (feature_msrs(arg, result));
-	case ABI_X86_GET_MCE_CAP_SUPPORTED:
-		return (vmk_copyout(&zero, arg, sizeof(zero)));
+		return (msr_index_list(arg));
 	default:
 		return (VMK_ENOTTY);
 	}
@@ -412,25 +367,6 @@ get_irqchip(struct vmk_vm *vm, uint64_t arg, struct abi_irqchip *a)
 	return (error != 0 ? error : vmk_copyout(a, arg, sizeof(*a)));
 }
 
-/* The PIT's two generations of state differ in a trailer. */
-static int
-pit_request(struct vmk_vm *vm, uint32_t request, uint64_t arg)
-{
-	struct abi_pit_state2 ps;
-	size_t size = ABI_IOC_SIZE(request);
-	int error;
-
-	if (vm->irqchip_mode != VMK_IRQCHIP_KERNEL)
-		return (VMK_ENXIO);
-	memset(&ps, 0, sizeof(ps));
-	if (request == ABI_GET_PIT || request == ABI_GET_PIT2) {
-		error = vmk_pit_get(vm, &ps);
-		return (error != 0 ? error : vmk_copyout(&ps, arg, size));
-	}
-	error = vmk_copyin(arg, &ps, size);
-	return (error != 0 ? error : vmk_pit_set(vm, &ps));
-}
-
 static int
 irq_line(struct vmk_vm *vm, uint64_t arg, bool status)
 {
@@ -474,6 +410,7 @@ union vm_arg {
 	struct abi_coalesced_zone zone;
 	struct abi_irqfd irqfd;
 	struct abi_pit_config pit;
+	struct abi_pit_state2 pit_state;	/* zeroed for GET_PIT2 */
 	struct abi_ioeventfd ioeventfd;
 	struct abi_clock_data clock;
 	struct abi_enable_cap cap;
@@ -489,8 +426,9 @@ vm_arg_size(uint32_t request)
 	case ABI_SET_USER_MEMORY_REGION: case ABI_GET_DIRTY_LOG:
 	case ABI_GET_IRQCHIP: case ABI_SET_IRQCHIP:
 	case ABI_REGISTER_COALESCED_MMIO: case ABI_UNREGISTER_COALESCED_MMIO:
-	case ABI_IRQFD: case ABI_CREATE_PIT2: case ABI_IOEVENTFD:
-	case ABI_SET_CLOCK: case ABI_ENABLE_CAP: case ABI_SET_IDENTITY_MAP_ADDR:
+	case ABI_IRQFD: case ABI_CREATE_PIT2: case ABI_SET_PIT2:
+	case ABI_IOEVENTFD: case ABI_SET_CLOCK: case ABI_ENABLE_CAP:
+	case ABI_SET_IDENTITY_MAP_ADDR:
 		return (ABI_IOC_SIZE(request));
 	case ABI_REINJECT_CONTROL:
 		return (sizeof(struct abi_reinject_control));
@@ -504,6 +442,7 @@ vm_locked(struct vmk_vm *vm, uint32_t request, uint64_t arg, union vm_arg *u,
     int *result)
 {
 	bool kernel = vm->irqchip_mode == VMK_IRQCHIP_KERNEL;
+	int error;
 
 	switch (request) {
 	case ABI_CREATE_VCPU:
@@ -516,13 +455,6 @@ vm_locked(struct vmk_vm *vm, uint32_t request, uint64_t arg, union vm_arg *u,
 	case ABI_SET_TSS_ADDR: case ABI_SET_IDENTITY_MAP_ADDR:
 		/* For processors that cannot run real mode; ours can. */
 		return (0);
-	case ABI_SET_BOOT_CPU_ID:
-		if (vm->nvcpus != 0)
-			return (VMK_EBUSY);
-		if (arg >= VMK_MAX_VCPUS)
-			return (VMK_EINVAL);
-		vm->boot_id = (uint32_t)arg;
-		return (0);
 	case ABI_CREATE_IRQCHIP:
 		return (create_irqchip(vm));
 	case ABI_GET_IRQCHIP:
@@ -530,14 +462,15 @@ vm_locked(struct vmk_vm *vm, uint32_t request, uint64_t arg, union vm_arg *u,
 	case ABI_SET_IRQCHIP:
 		return (kernel ? vmk_irqchip_state(vm, &u->irqchip, true) :
 		    VMK_ENXIO);
-	case ABI_CREATE_PIT:
-		return (kernel ? vmk_pit_create(vm, 0) : VMK_EINVAL);
 	case ABI_CREATE_PIT2:
 		return (kernel ? vmk_pit_create(vm, u->pit.flags) :
 		    VMK_EINVAL);
-	case ABI_GET_PIT: case ABI_SET_PIT: case ABI_GET_PIT2:
+	case ABI_GET_PIT2:
+		error = kernel ? vmk_pit_get(vm, &u->pit_state) : VMK_ENXIO;
+		return (error != 0 ? error :
+		    vmk_copyout(&u->pit_state, arg, sizeof(u->pit_state)));
 	case ABI_SET_PIT2:
-		return (pit_request(vm, request, arg));
+		return (kernel ? vmk_pit_set(vm, &u->pit_state) : VMK_ENXIO);
 	case ABI_REINJECT_CONTROL:
 		return (kernel ? vmk_pit_reinject(vm, &u->reinject) :
 		    VMK_ENXIO);

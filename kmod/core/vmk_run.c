@@ -582,7 +582,7 @@ serve_init_sipi(struct vmk_vcpu *vcpu, uint32_t req)
 
 	if ((req & VMK_REQ_INIT) != 0) {
 		vmk_vcpu_reset(vcpu, true);
-		vcpu->mp_state = vcpu->id == vcpu->vm->boot_id ?
+		vcpu->mp_state = vcpu->id == VMK_BOOT_ID ?
 		    ABI_MP_RUNNABLE : ABI_MP_INIT_RECEIVED;
 	}
 	if ((req & VMK_REQ_SIPI) != 0 &&

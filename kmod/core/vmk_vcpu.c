@@ -90,7 +90,7 @@ vmk_vcpu_reset(struct vmk_vcpu *vcpu, bool init)
 	vcpu->misc_enable = 1;			/* fast strings */
 	if (vcpu->lapic == NULL)
 		vcpu->apic_base = 0xfee00800 |
-		    (vcpu->id == vcpu->vm->boot_id ? 0x100 : 0);
+		    (vcpu->id == VMK_BOOT_ID ? 0x100 : 0);
 	vmk_arch->set_creg(vcpu, VMK_PAT, 0x0007040600070406ULL);
 	for (i = VMK_STAR; i <= VMK_SYSENTER_EIP; i++)
 		vmk_arch->set_creg(vcpu, (enum vmk_creg)i, 0);
@@ -160,7 +160,7 @@ vcpu_build(struct vmk_vm *vm, uint32_t id, struct vmk_vcpu **out)
 	}
 	vmk_vcpu_reset(vcpu, false);
 	vcpu->tsc_offset = vm->tsc_base;
-	vcpu->mp_state = vcpu->lapic == NULL || id == vm->boot_id ?
+	vcpu->mp_state = vcpu->lapic == NULL || id == VMK_BOOT_ID ?
 	    ABI_MP_RUNNABLE : ABI_MP_UNINITIALIZED;
 	*out = vcpu;
 	return (0);
@@ -631,20 +631,6 @@ set_guest_debug(struct vmk_vcpu *vcpu, const struct abi_guest_debug *a)
 	return (0);
 }
 
-static int
-translate(struct vmk_vcpu *vcpu, struct abi_translation *a)
-{
-	uint64_t linear = a->linear_address, gpa = 0;
-	uint32_t pf;
-
-	a->valid = vmk_walk(vcpu, linear, VMK_WALK_PROBE, &gpa, &pf) == 0;
-	a->physical_address = a->valid != 0 ? gpa : ~0ULL;
-	a->writeable = 1;
-	a->usermode = 0;
-	memset(a->pad, 0, sizeof(a->pad));
-	return (0);
-}
-
 /* ---- lists of variable length ------------------------------------------ */
 
 static int
@@ -777,7 +763,6 @@ union vcpu_arg {
 	struct abi_mp_state mp_state;
 	struct abi_interrupt interrupt;
 	struct abi_guest_debug guest_debug;
-	struct abi_translation translation;
 	struct abi_lapic_state lapic;
 	struct abi_vapic_addr vapic;
 };
@@ -828,7 +813,6 @@ set_vapic(struct vmk_vcpu *vcpu, const struct abi_vapic_addr *a)
 	H(ABI_SET_MP_STATE, mp_state, set_mp_state)			\
 	H(ABI_INTERRUPT, interrupt, interrupt)				\
 	H(ABI_SET_GUEST_DEBUG, guest_debug, set_guest_debug)		\
-	H(ABI_TRANSLATE, translation, translate)			\
 	H(ABI_GET_LAPIC, lapic, lapic_get)				\
 	H(ABI_SET_LAPIC, lapic, lapic_set)				\
 	H(ABI_SET_VAPIC_ADDR, vapic, set_vapic)

@@ -31,6 +31,7 @@
 #include "vmk_decode.h"
 
 #define	VMK_MAX_VCPUS		64
+#define	VMK_BOOT_ID		0	/* the vCPU that starts by itself */
 #define	VMK_MAX_SLOTS		512
 #define	VMK_MAX_CPUID		256	/* entries of SET_CPUID2 */
 #define	VMK_MAX_MSRS		256	/* entries of one GET/SET_MSRS */
@@ -318,7 +319,6 @@ struct vmk_vm {
 	uint64_t	 tlb_gen;		/* atomic */
 	struct vmk_vcpu	*vcpu[VMK_MAX_VCPUS];
 	uint32_t	 nvcpus;		/* atomic, only grows */
-	uint32_t	 boot_id;
 	enum vmk_irqchip_mode irqchip_mode;
 	struct vmk_irqchip *irqchip;		/* vmk_irqchip.h */
 	bool		 exit_on_emulation_failure;

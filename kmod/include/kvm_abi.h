@@ -204,15 +204,6 @@ struct abi_vcpu_events {
 #define	ABI_SHADOW_MOV_SS		0x01
 #define	ABI_SHADOW_STI			0x02
 
-struct abi_translation {
-	uint64_t	linear_address;
-	uint64_t	physical_address;
-	uint8_t		valid;
-	uint8_t		writeable;
-	uint8_t		usermode;
-	uint8_t		pad[5];
-};
-
 /* Followed by len bytes of the host's signal set. */
 struct abi_signal_mask {
 	uint32_t	len;
@@ -330,10 +321,6 @@ struct abi_pit_channel_state {
 	uint8_t		bcd;
 	uint8_t		gate;
 	int64_t		count_load_time;
-};
-
-struct abi_pit_state {
-	struct abi_pit_channel_state	channels[3];
 };
 
 struct abi_pit_state2 {
@@ -554,8 +541,6 @@ struct abi_run {
 #define	ABI_CHECK_EXTENSION		ABI_IO(0x03)	/* also on a VM */
 #define	ABI_GET_VCPU_MMAP_SIZE		ABI_IO(0x04)
 #define	ABI_GET_SUPPORTED_CPUID		ABI_IOWR(0x05, struct abi_cpuid2)
-#define	ABI_GET_MSR_FEATURE_INDEX_LIST	ABI_IOWR(0x0a, struct abi_msr_list)
-#define	ABI_X86_GET_MCE_CAP_SUPPORTED	ABI_IOR(0x9d, uint64_t)
 
 /* On a VM. */
 #define	ABI_CREATE_VCPU			ABI_IO(0x41)
@@ -567,9 +552,6 @@ struct abi_run {
 #define	ABI_IRQ_LINE			ABI_IOW(0x61, struct abi_irq_level)
 #define	ABI_GET_IRQCHIP			ABI_IOWR(0x62, struct abi_irqchip)
 #define	ABI_SET_IRQCHIP			ABI_IOR(0x63, struct abi_irqchip)
-#define	ABI_CREATE_PIT			ABI_IO(0x64)
-#define	ABI_GET_PIT			ABI_IOWR(0x65, struct abi_pit_state)
-#define	ABI_SET_PIT			ABI_IOR(0x66, struct abi_pit_state)
 #define	ABI_IRQ_LINE_STATUS		ABI_IOWR(0x67, struct abi_irq_level)
 #define	ABI_REGISTER_COALESCED_MMIO	ABI_IOW(0x67, struct abi_coalesced_zone)
 #define	ABI_UNREGISTER_COALESCED_MMIO	ABI_IOW(0x68, struct abi_coalesced_zone)
@@ -577,7 +559,6 @@ struct abi_run {
 #define	ABI_REINJECT_CONTROL		ABI_IO(0x71)
 #define	ABI_IRQFD			ABI_IOW(0x76, struct abi_irqfd)
 #define	ABI_CREATE_PIT2			ABI_IOW(0x77, struct abi_pit_config)
-#define	ABI_SET_BOOT_CPU_ID		ABI_IO(0x78)
 #define	ABI_IOEVENTFD			ABI_IOW(0x79, struct abi_ioeventfd)
 #define	ABI_SET_CLOCK			ABI_IOW(0x7b, struct abi_clock_data)
 #define	ABI_GET_CLOCK			ABI_IOR(0x7c, struct abi_clock_data)
@@ -593,7 +574,6 @@ struct abi_run {
 #define	ABI_SET_REGS			ABI_IOW(0x82, struct abi_regs)
 #define	ABI_GET_SREGS			ABI_IOR(0x83, struct abi_sregs)
 #define	ABI_SET_SREGS			ABI_IOW(0x84, struct abi_sregs)
-#define	ABI_TRANSLATE			ABI_IOWR(0x85, struct abi_translation)
 #define	ABI_INTERRUPT			ABI_IOW(0x86, struct abi_interrupt)
 #define	ABI_GET_MSRS			ABI_IOWR(0x88, struct abi_msrs)
 #define	ABI_SET_MSRS			ABI_IOW(0x89, struct abi_msrs)
@@ -628,7 +608,6 @@ struct abi_run {
 #define	ABI_CAP_EXT_CPUID			7
 #define	ABI_CAP_NR_VCPUS			9
 #define	ABI_CAP_NR_MEMSLOTS			10
-#define	ABI_CAP_PIT				11
 #define	ABI_CAP_NOP_IO_DELAY			12
 #define	ABI_CAP_MP_STATE			14
 #define	ABI_CAP_COALESCED_MMIO			15
@@ -641,7 +620,6 @@ struct abi_run {
 #define	ABI_CAP_JOIN_MEMORY_REGIONS_WORKS	30
 #define	ABI_CAP_IRQFD				32
 #define	ABI_CAP_PIT2				33
-#define	ABI_CAP_SET_BOOT_CPU_ID			34
 #define	ABI_CAP_PIT_STATE2			35
 #define	ABI_CAP_IOEVENTFD			36
 #define	ABI_CAP_SET_IDENTITY_MAP_ADDR		37
@@ -665,7 +643,6 @@ struct abi_run {
 #define	ABI_CAP_IOEVENTFD_ANY_LENGTH		122
 #define	ABI_CAP_MAX_VCPU_ID			128
 #define	ABI_CAP_IMMEDIATE_EXIT			136
-#define	ABI_CAP_GET_MSR_FEATURES		153
 #define	ABI_CAP_EXIT_ON_EMULATION_FAILURE	204
 
 #endif /* !KVM_ABI_H */

@@ -139,7 +139,6 @@ test_system(void)
 {
 	struct { struct abi_cpuid2 h; struct abi_cpuid_entry2 e[256]; } c;
 	struct { struct abi_msr_list h; uint32_t i[64]; } l;
-	struct { struct abi_msrs h; struct abi_msr_entry e[2]; } m;
 	uint32_t n;
 
 	CHECK_EQ(user_ioctl(USER_DEV_KVM, ABI_GET_API_VERSION, 0), 12);
@@ -191,16 +190,6 @@ test_system(void)
 	CHECK_EQ(user_ioctl(USER_DEV_KVM, ABI_GET_MSR_INDEX_LIST, PTR(&l)),
 	    0);
 	CHECK_EQ(l.h.nmsrs, n);
-	l.h.nmsrs = 64;
-	CHECK_EQ(user_ioctl(USER_DEV_KVM, ABI_GET_MSR_FEATURE_INDEX_LIST,
-	    PTR(&l)), 0);
-	CHECK(l.h.nmsrs > 0);
-	m.h.nmsrs = 2;
-	m.e[0].index = l.i[0];
-	m.e[1].index = 0x10;		/* not a feature */
-	CHECK_EQ(user_ioctl(USER_DEV_KVM, ABI_GET_MSRS, PTR(&m)), 1);
-	m.h.nmsrs = 0xffffffff;
-	CHECK_EQ(user_ioctl(USER_DEV_KVM, ABI_GET_MSRS, PTR(&m)), -VMK_E2BIG);
 	tap_done("core: /dev/kvm requests and their errors");
 }
 
@@ -852,7 +841,6 @@ paging(struct rig *r, uint64_t leaf_bits)
 static void
 test_walk(void)
 {
-	struct abi_translation t;
 	struct vmk_vcpu *v;
 	struct rig r;
 	uint64_t gpa = 0, *p1;
@@ -899,10 +887,8 @@ test_walk(void)
 	CHECK_EQ(vmk_walk(v, 0x406000, 0, &gpa, &pf), VMK_ENXIO);
 	fake(v)->creg[VMK_CR3] = 0x8000;
 	fake(v)->creg[VMK_CR4] = CR4_PAE;
-	t.linear_address = 0x407008;
-	CHECK_EQ(user_ioctl(r.vcpu, ABI_TRANSLATE, PTR(&t)), 0);
-	CHECK_EQ(t.valid, 1);
-	CHECK_EQ(t.physical_address, 0x17008);
+	CHECK_EQ(vmk_walk(v, 0x407008, VMK_WALK_PROBE, &gpa, &pf), 0);
+	CHECK_EQ(gpa, 0x17008);
 
 	/* 32-bit tables: 4 MiB page with PSE-36, then a 4 KiB one. */
 	fake(v)->creg[VMK_EFER] = 0;
