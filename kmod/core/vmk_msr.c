@@ -40,6 +40,7 @@
 #define	MSR_MTRR_FIX4K		0x268
 #define	MSR_PAT			0x277
 #define	MSR_MTRR_DEFTYPE	0x2ff
+#define	MSR_MC0_CTL		0x400
 #define	MSR_TSC_DEADLINE	0x6e0
 #define	MSR_X2APIC_FIRST	0x800
 #define	MSR_X2APIC_LAST		0x8ff
@@ -171,7 +172,7 @@ memory_type_ok(unsigned int t)
 
 /* What may be written. */
 enum msr_rule { ANY, NEVER, ADDRESS, LOW_HALF, TYPES, VARIABLE, DEFAULT_TYPE,
-	STATUS, ALL_OR_NONE, CLOCK };
+	STATUS, ALL_OR_NONE, CLOCK, BANK };
 
 static bool
 may_write(enum msr_rule rule, uint32_t msr, uint64_t v, bool host)
@@ -202,6 +203,8 @@ may_write(enum msr_rule rule, uint32_t msr, uint64_t v, bool host)
 		return (v == 0 || v == ~0ULL);
 	case CLOCK:
 		return (host && v == 0);
+	case BANK:
+		return (host);
 	default:
 		return (false);
 	}
@@ -242,8 +245,9 @@ static const struct msr {
 	VCPU(MSR_MCG_CTL, 1, mcg_ctl, ALL_OR_NONE),
 	ZERO(MSR_MCG_CAP, NEVER),		/* no banks */
 	ZERO(MSR_PLATFORM_ID, NEVER),
-	/* No such clock; QEMU 7.2 saves and restores it anyway. */
+	/* Not there; QEMU 7.2 saves and restores them anyway. */
 	ZERO(MSR_KVM_WALL_CLOCK, CLOCK), ZERO(MSR_KVM_SYSTEM_TIME, CLOCK),
+	{ MSR_MC0_CTL, 4 * 32, IS_ZERO, 0, BANK },
 	/* Writable on hardware. */
 	ZERO(MSR_UCODE_REV, ANY), ZERO(MSR_DEBUGCTL, ANY),
 	ZERO(MSR_AMD_SYSCFG, ANY), ZERO(MSR_AMD_HWCR, ANY),
@@ -297,7 +301,8 @@ vmk_msr_get(struct vmk_vcpu *vcpu, uint32_t msr, uint64_t *v, bool host)
 		*v = m->place == IN_CREG ?
 		    vmk_arch->get_creg(vcpu, (enum vmk_creg)m->at) :
 		    m->place == IN_VCPU ? *field_of(vcpu, m, msr) : 0;
-		return (m->rule == CLOCK && !host ? VMK_EINVAL : 0);
+		return (host || (m->rule != CLOCK && m->rule != BANK) ? 0 :
+		    VMK_EINVAL);
 	}
 	if (is_lapic_msr(vcpu, msr))
 		return (lapic_msr(vcpu, msr, v, false, host));

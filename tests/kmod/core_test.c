@@ -1270,6 +1270,7 @@ test_state(void)
 	struct abi_debugregs d;
 	struct rig r;
 	unsigned int i;
+	uint64_t msr;
 
 	rig_up(&r, 2 * MB);
 	for (i = 0; i < sizeof(a); i++)
@@ -1325,6 +1326,18 @@ test_state(void)
 	CHECK_EQ(m.e[0].data, 0xffffffff81000000ULL);
 	m.h.nmsrs = VMK_MAX_MSRS + 1;
 	CHECK_EQ(user_ioctl(r.vcpu, ABI_GET_MSRS, PTR(&m)), -VMK_E2BIG);
+	/* Banks and a clock that are not there: QEMU's, not the guest's. */
+	m.h.nmsrs = 3;
+	m.e[0].index = 0x400;
+	m.e[0].data = ~0ULL;
+	m.e[1].index = 0x12;
+	m.e[1].data = 0;
+	m.e[2].index = 0x480;			/* behind the last bank */
+	CHECK_EQ(user_ioctl(r.vcpu, ABI_SET_MSRS, PTR(&m)), 2);
+	CHECK_EQ(vmk_msr_get(fake_last_vcpu(), 0x400, &msr, false),
+	    VMK_EINVAL);
+	CHECK_EQ(vmk_msr_set(fake_last_vcpu(), 0x401, 0, false), VMK_EINVAL);
+	CHECK_EQ(vmk_msr_get(fake_last_vcpu(), 0x12, &msr, false), VMK_EINVAL);
 	m.h.nmsrs = 2;
 	m.e[0].index = 0x277;			/* PAT: a reserved type */
 	m.e[0].data = 0x0007040600070402ULL;
