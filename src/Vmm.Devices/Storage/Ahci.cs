@@ -197,7 +197,7 @@ public sealed class Ahci : PciFunction
         };
     }
 
-    private void WriteRegister(uint offset, uint value, ref AhciSubmission submit)
+    private void WriteRegister(uint offset, uint value, ref StorageSubmission submit)
     {
         if (offset >= 0x100)
         {
@@ -267,7 +267,7 @@ public sealed class Ahci : PciFunction
 
         public void Write(uint offset, AccessWidth width, ulong value)
         {
-            AhciSubmission submit = default;
+            StorageSubmission submit = default;
             lock (_owner._gate)
             {
                 if (width == AccessWidth.Qword && (offset & 3) == 0)
@@ -288,28 +288,6 @@ public sealed class Ahci : PciFunction
     }
 }
 
-/// <summary>Requests that are to be handed to back ends when the gate has been left.</summary>
-internal struct AhciSubmission
-{
-    private AhciTransfer? _first;
-
-    public void Add(AhciTransfer transfer)
-    {
-        transfer.Next = _first;
-        _first = transfer;
-    }
-
-    public void Start()
-    {
-        while (_first is { } transfer)
-        {
-            _first = transfer.Next;
-            transfer.Next = null;
-            transfer.Start(ref this);
-        }
-    }
-}
-
 /// <summary>A command slot's request.</summary>
 internal sealed class AhciTransfer : StorageRequest
 {
@@ -323,8 +301,6 @@ internal sealed class AhciTransfer : StorageRequest
 
     public int Slot { get; }
 
-    public AhciTransfer? Next { get; set; }
-
     public bool IsUsed { get; set; }
 
     public bool IsAbandoned { get; set; }
@@ -335,23 +311,7 @@ internal sealed class AhciTransfer : StorageRequest
 
     public AtaWork Work { get; set; }
 
-    public IBlockBackend? Backend { get; set; }
-
-    /// <summary>Submits it; what its answer starts, if that comes at once, is added to the rest.</summary>
-    public void Start(ref AhciSubmission submit)
-    {
-        if (SubmitTo(Backend, out BlockStatus status))
-        {
-            _port.Take(this, status, ref submit);
-        }
-    }
-
-    protected override void OnAnswer(BlockStatus status)
-    {
-        AhciSubmission submit = default;
-        _port.Take(this, status, ref submit);
-        submit.Start();
-    }
+    protected override void Take(BlockStatus status, ref StorageSubmission submit) => _port.Take(this, status, ref submit);
 }
 
 /// <summary>One port of an AHCI controller. Everything under the controller's gate.</summary>
@@ -511,7 +471,7 @@ internal sealed class AhciPort
         _ => 0,
     };
 
-    public void Write(uint offset, uint value, ref AhciSubmission submit)
+    public void Write(uint offset, uint value, ref StorageSubmission submit)
     {
         switch (offset)
         {
@@ -569,7 +529,7 @@ internal sealed class AhciPort
         }
     }
 
-    public void Take(AhciTransfer transfer, BlockStatus status, ref AhciSubmission submit)
+    public void Take(AhciTransfer transfer, BlockStatus status, ref StorageSubmission submit)
     {
         lock (_owner.Gate)
         {
@@ -623,7 +583,7 @@ internal sealed class AhciPort
         return ((uint)_registers.Error << 8) | (uint)status;
     }
 
-    private void WriteCommand(uint value, ref AhciSubmission submit)
+    private void WriteCommand(uint value, ref StorageSubmission submit)
     {
         const uint writable = CmdStart | CmdReceive | CmdSpinUp | CmdPower | CmdAtapi | 0x0E00_0000;
         uint before = _command;
@@ -678,7 +638,7 @@ internal sealed class AhciPort
     }
 
     // Nothing is under way any more: what waited for that happens now.
-    private void Settle(ref AhciSubmission submit)
+    private void Settle(ref StorageSubmission submit)
     {
         if (IsWorking)
         {
@@ -751,7 +711,7 @@ internal sealed class AhciPort
     }
 
     // Starts what can be started: queued commands all at once, others one by one.
-    private void Fetch(ref AhciSubmission submit)
+    private void Fetch(ref StorageSubmission submit)
     {
         while (!_isHalted && _current < 0 && Drive is not null && (_command & CmdStart) != 0 && _linkStatus != 0)
         {
@@ -769,7 +729,7 @@ internal sealed class AhciPort
     }
 
     // False when the command has to wait.
-    private bool Start(int slot, ref AhciSubmission submit)
+    private bool Start(int slot, ref StorageSubmission submit)
     {
         Span<byte> header = stackalloc byte[32];
         Span<byte> table = stackalloc byte[0x80];
@@ -889,7 +849,7 @@ internal sealed class AhciPort
         return true;
     }
 
-    private void Carry(AhciTransfer transfer, in AtaWork work, ref AhciSubmission submit)
+    private void Carry(AhciTransfer transfer, in AtaWork work, ref StorageSubmission submit)
     {
         transfer.Work = work;
         switch (work.Phase)
@@ -932,7 +892,7 @@ internal sealed class AhciPort
         Submit(transfer, work.Operation, transfer.List.SliceCount, ref submit);
     }
 
-    private void Submit(AhciTransfer transfer, BlockOperation operation, int sliceCount, ref AhciSubmission submit)
+    private void Submit(AhciTransfer transfer, BlockOperation operation, int sliceCount, ref StorageSubmission submit)
     {
         AtaWork work = transfer.Work;
         transfer.IsUsed = true;
@@ -949,7 +909,7 @@ internal sealed class AhciPort
         submit.Add(transfer);
     }
 
-    private void EndOrContinue(AhciTransfer transfer, BlockStatus status, ref AhciSubmission submit, int moved = -1)
+    private void EndOrContinue(AhciTransfer transfer, BlockStatus status, ref StorageSubmission submit, int moved = -1)
     {
         AtaWork work = transfer.Work;
         if (moved < 0)
@@ -1005,7 +965,7 @@ internal sealed class AhciPort
     }
 
     // READ and WRITE FPDMA QUEUED (Serial ATA 2.6 §13.6): the count is in Features, the tag in Count.
-    private void StartQueued(AhciTransfer transfer, ReadOnlySpan<byte> fis, ref AhciSubmission submit)
+    private void StartQueued(AhciTransfer transfer, ReadOnlySpan<byte> fis, ref StorageSubmission submit)
     {
         int tag = fis[12] >> 3;
         int sectors = fis[3] | (fis[11] << 8);

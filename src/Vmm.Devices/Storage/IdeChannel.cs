@@ -241,7 +241,7 @@ internal sealed class IdeChannel
             }
         }
 
-        submit?.Start();
+        Submit(submit);
     }
 
     private Transfer? WriteBusMasterCommand(byte value)
@@ -300,7 +300,7 @@ internal sealed class IdeChannel
             }
         }
 
-        submit?.Start();
+        Submit(submit);
         return value;
     }
 
@@ -327,7 +327,7 @@ internal sealed class IdeChannel
             }
         }
 
-        submit?.Start();
+        Submit(submit);
     }
 
     private byte ReadRegister(uint offset)
@@ -907,6 +907,16 @@ internal sealed class IdeChannel
         }
     }
 
+    private static void Submit(Transfer? transfer)
+    {
+        if (transfer is not null)
+        {
+            StorageSubmission submit = default;
+            submit.Add(transfer);
+            submit.Start();
+        }
+    }
+
     // The request that follows, to be started by the caller.
     private Transfer? Take(Transfer transfer, BlockStatus status)
     {
@@ -1031,18 +1041,13 @@ internal sealed class IdeChannel
 
         public ScatterList? List { get; set; }
 
-        public IBlockBackend? Backend { get; set; }
-
-        /// <summary>Submits it, and what follows, as long as the answers come at once.</summary>
-        public void Start()
+        protected override void Take(BlockStatus status, ref StorageSubmission submit)
         {
-            for (Transfer? transfer = this; transfer is not null;)
+            if (_owner.Take(this, status) is { } next)
             {
-                transfer = transfer.SubmitTo(transfer.Backend, out BlockStatus status) ? _owner.Take(transfer, status) : null;
+                submit.Add(next);
             }
         }
-
-        protected override void OnAnswer(BlockStatus status) => _owner.Take(this, status)?.Start();
     }
 
     private sealed class CommandWindow : IRegisterWindow

@@ -265,7 +265,7 @@ public sealed class Nvme : PciFunction
         _ => 0,
     };
 
-    private void WriteRegister(uint offset, uint value, ref Transfer? submit)
+    private void WriteRegister(uint offset, uint value, ref StorageSubmission submit)
     {
         if (offset >= 0x1000)
         {
@@ -386,7 +386,7 @@ public sealed class Nvme : PciFunction
         _free = null;
     }
 
-    private void WriteDoorbell(int index, uint value, ref Transfer? submit)
+    private void WriteDoorbell(int index, uint value, ref StorageSubmission submit)
     {
         int id = index >> 1;
         if (!IsReady || _isDisabling || id > MaxQueuePairs)
@@ -438,7 +438,7 @@ public sealed class Nvme : PciFunction
     }
 
     // Takes commands while there is room for their answers.
-    private void Fetch(SubmissionQueue queue, ref Transfer? submit)
+    private void Fetch(SubmissionQueue queue, ref StorageSubmission submit)
     {
         CompletionQueue completion = _completions[queue.Completion]!;
         Span<byte> command = stackalloc byte[64];
@@ -953,7 +953,7 @@ public sealed class Nvme : PciFunction
         return 0;
     }
 
-    private void Io(SubmissionQueue queue, ushort id, ReadOnlySpan<byte> command, ref Transfer? submit)
+    private void Io(SubmissionQueue queue, ushort id, ReadOnlySpan<byte> command, ref StorageSubmission submit)
     {
         byte code = command[0];
         uint space = Dword(command, 1);
@@ -986,8 +986,8 @@ public sealed class Nvme : PciFunction
         _inFlight++;
         queue.InFlight++;
         _completions[queue.Completion]!.Reserved++;
-        transfer.Next = submit;
-        submit = transfer;
+        transfer.Backend = _backend;
+        submit.Add(transfer);
     }
 
     private static uint PrepareFlush(Transfer transfer)
@@ -1229,8 +1229,8 @@ public sealed class Nvme : PciFunction
     private Transfer Rent()
     {
         Transfer transfer = _free ?? new Transfer(this);
-        _free = transfer.Next;
-        transfer.Next = null;
+        _free = transfer.NextFree;
+        transfer.NextFree = null;
         transfer.Generation = _generation;
         transfer.ForceUnitAccess = false;
         transfer.MayUnmap = false;
@@ -1241,18 +1241,11 @@ public sealed class Nvme : PciFunction
     private void Return(Transfer transfer)
     {
         transfer.Queue = null;
-        transfer.Next = _free;
+        transfer.NextFree = _free;
         _free = transfer;
     }
 
-    private void OnComplete(Transfer transfer, BlockStatus status)
-    {
-        Transfer? submit = null;
-        Take(transfer, status, ref submit);
-        Start(submit);
-    }
-
-    private void Take(Transfer transfer, BlockStatus status, ref Transfer? submit)
+    private void Take(Transfer transfer, BlockStatus status, ref StorageSubmission submit)
     {
         lock (_gate)
         {
@@ -1268,8 +1261,7 @@ public sealed class Nvme : PciFunction
 
             if (status == BlockStatus.Ok && transfer.Operation == BlockOperation.Discard && NextRange(transfer))
             {
-                transfer.Next = submit;
-                submit = transfer;
+                submit.Add(transfer);
             }
             else
             {
@@ -1278,7 +1270,7 @@ public sealed class Nvme : PciFunction
         }
     }
 
-    private void End(Transfer transfer, BlockStatus status, ref Transfer? submit)
+    private void End(Transfer transfer, BlockStatus status, ref StorageSubmission submit)
     {
         SubmissionQueue queue = transfer.Queue!;
         _inFlight--;
@@ -1335,30 +1327,6 @@ public sealed class Nvme : PciFunction
         else
         {
             Fetch(queue, ref submit);
-        }
-    }
-
-    private static void Start(Transfer? submit)
-    {
-        while (submit is not null)
-        {
-            // Collected newest first; the back end gets them in the guest's order.
-            Transfer? ordered = null;
-            while (submit is not null)
-            {
-                Transfer? next = submit.Next;
-                submit.Next = ordered;
-                ordered = submit;
-                submit = next;
-            }
-
-            while (ordered is not null)
-            {
-                Transfer? next = ordered.Next;
-                ordered.Next = null;
-                ordered.Start(ref submit);
-                ordered = next;
-            }
         }
     }
 
@@ -1430,7 +1398,7 @@ public sealed class Nvme : PciFunction
 
         public ScatterList List { get; } = new();
 
-        public Transfer? Next { get; set; }
+        public Transfer? NextFree { get; set; }
 
         public SubmissionQueue? Queue { get; set; }
 
@@ -1445,16 +1413,7 @@ public sealed class Nvme : PciFunction
         /// <summary>Nothing to ask of the back end.</summary>
         public bool IsNothing { get; set; }
 
-        /// <summary>Submits it; what its answer starts, if that comes at once, is added to the list.</summary>
-        public void Start(ref Transfer? submit)
-        {
-            if (SubmitTo(_owner._backend, out BlockStatus status))
-            {
-                _owner.Take(this, status, ref submit);
-            }
-        }
-
-        protected override void OnAnswer(BlockStatus status) => _owner.OnComplete(this, status);
+        protected override void Take(BlockStatus status, ref StorageSubmission submit) => _owner.Take(this, status, ref submit);
     }
 
     private sealed class Window : IRegisterWindow
@@ -1489,7 +1448,7 @@ public sealed class Nvme : PciFunction
                 return;
             }
 
-            Transfer? submit = null;
+            StorageSubmission submit = default;
             lock (_owner._gate)
             {
                 _owner.WriteRegister(offset, (uint)value, ref submit);
@@ -1499,7 +1458,7 @@ public sealed class Nvme : PciFunction
                 }
             }
 
-            Start(submit);
+            submit.Start();
         }
     }
 }

@@ -135,6 +135,25 @@ public sealed class AhciTests
         _rig.Disk.MaxDepth.Should().Be(1);
     }
 
+    [Theory]
+    [InlineData(false)]
+    [InlineData(true)]
+    public void QueuedCommands_OfOneRegisterWrite_ReachTheDiskInOrderOfTheirSlots(bool answersAtOnce)
+    {
+        _rig.Disk.AnswersAtOnce = answersAtOnce;
+        _rig.Start(0);
+        for (int tag = 0; tag < 8; tag++)
+        {
+            _rig.Prepare(0, tag, Rig.QueuedFis(0x60, tag, 100 - (10 * tag), 2), (0x20000 + (tag * 1024), 1024));
+        }
+
+        _rig.Port(0, 0x34, 0xFF);
+        _rig.Port(0, 0x38, 0xFF);
+        _rig.Disk.Drain();
+        _rig.Disk.Log.ConvertAll(entry => entry.Offset / 512).Should().Equal(100, 90, 80, 70, 60, 50, 40, 30);
+        _rig.Port(0, 0x34).Should().Be(0);
+    }
+
     [Fact]
     public void QueuedWrite_WithFua_IsForced()
     {
@@ -411,6 +430,13 @@ public sealed class AhciTests
 
         public void Issue(int port, int slot, byte[] fis, params (int Address, int Length)[] pieces)
         {
+            Prepare(port, slot, fis, pieces);
+            Port(port, 0x38, 1u << slot);
+        }
+
+        /// <summary>A command that is not issued yet.</summary>
+        public void Prepare(int port, int slot, byte[] fis, params (int Address, int Length)[] pieces)
+        {
             ulong header = 0x1000UL + ((uint)port * 0x400) + ((uint)slot * 32);
             ulong table = 0x8000UL + ((uint)slot * 0x200);
             Ram.WriteNumber(header, 4, 5 | ((uint)pieces.Length << 16));
@@ -423,8 +449,6 @@ public sealed class AhciTests
                 Ram.WriteNumber(entry, 8, (ulong)pieces[i].Address);
                 Ram.WriteNumber(entry + 12, 4, (ulong)(pieces[i].Length - 1));
             }
-
-            Port(port, 0x38, 1u << slot);
         }
 
         public void IssueQueued(int port, int tag, byte command, int lba, int count, int address)
