@@ -37,8 +37,9 @@ internal sealed class SystemControl(WatchdogAction watchdog) : ISystemControl
 
         MachineResult? result = request switch
         {
-            SystemRequest.Reset or SystemRequest.ProcessorReset => MachineResult.For(StopReason.Reset),
-            SystemRequest.PowerOff or SystemRequest.GuestShutdown => MachineResult.For(StopReason.PowerOff),
+            SystemRequest.Reset or SystemRequest.ProcessorReset => MachineResult.For(StopReason.Reset, $"reset by {source}"),
+            SystemRequest.PowerOff or SystemRequest.GuestShutdown => MachineResult.For(
+                StopReason.PowerOff, $"powered off by {source}"),
             SystemRequest.GuestPanicked => MachineResult.For(StopReason.Error, "the guest panicked"),
             SystemRequest.WatchdogExpired => watchdog switch
             {

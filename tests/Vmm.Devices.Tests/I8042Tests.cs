@@ -453,7 +453,7 @@ public sealed class I8042Tests
         Command(0xD0);
         Data().Should().Be(0x03);
         Command(0xFE);
-        _system.Requests.Should().Equal((SystemRequest.ProcessorReset, "i8042"));
+        _system.Requests.Should().Equal((SystemRequest.ProcessorReset, "the keyboard controller"));
         Command(0xD1);
         Data(0x02);
         _system.Requests.Should().HaveCount(2);

@@ -12,6 +12,7 @@ namespace Vmm.Machine.Tests;
 public sealed class PayloadTests : IDisposable
 {
     private readonly string _directory = Directory.CreateTempSubdirectory("vmm-payload-").FullName;
+    private string _log = "";
 
     public static TheoryData<string, string> Drivers
     {
@@ -42,13 +43,28 @@ public sealed class PayloadTests : IDisposable
 
     [Theory]
     [MemberData(nameof(Drivers))]
-    public void PowerOff_ThroughAcpi_EndsWith1(string driver, string irqchip) =>
+    public void PowerOff_ThroughAcpi_EndsWith1(string driver, string irqchip)
+    {
         Run(driver, irqchip, new Payload.Recorder(), [0x66, 0xBA, 0x04, 0x06, 0x66, 0xB8, 0x00, 0x20, 0x66, 0xEF]).Should().Be(1);
+        _log.Should().Be("vmctl: payload: powered off by ACPI S5");
+    }
 
     [Theory]
     [MemberData(nameof(Drivers))]
-    public void Reset_ThroughPortCf9_EndsWith0(string driver, string irqchip) =>
+    public void Reset_ThroughPortCf9_EndsWith0(string driver, string irqchip)
+    {
         Run(driver, irqchip, new Payload.Recorder(), [0x66, 0xBA, 0xF9, 0x0C, 0xB0, 0x06, 0xEE]).Should().Be(0);
+        _log.Should().Be("vmctl: payload: reset by port 0xCF9");
+    }
+
+    [Theory]
+    [MemberData(nameof(Drivers))]
+    public void Reset_ThroughTheKeyboardController_EndsWith0(string driver, string irqchip)
+    {
+        // Only a machine with a screen or firmware has one.
+        Run(driver, irqchip, new Payload.Recorder(), [0xB0, 0xFE, 0xE6, 0x64], VgaModel.Std).Should().Be(0);
+        _log.Should().Be("vmctl: payload: reset by the keyboard controller");
+    }
 
     // An x87 operand in memory-mapped registers: no KVM emulates that, so the software processor completes it. The sum
     // of 1.0 and what a floating bus gives is a NaN of all ones; its top byte, cut to six bits, becomes the status.
@@ -71,8 +87,11 @@ public sealed class PayloadTests : IDisposable
 
     [Theory]
     [MemberData(nameof(Drivers))]
-    public void TripleFault_EndsWith3(string driver, string irqchip) =>
+    public void TripleFault_EndsWith3(string driver, string irqchip)
+    {
         Run(driver, irqchip, new Payload.Recorder(), [0x0F, 0x01, 0x1D, 0, 0, 0, 0, 0x0F, 0x0B]).Should().Be(3);
+        _log.Should().Be("vmctl: payload: vCPU 0: triple fault");
+    }
 
     [Fact]
     public void Halt_WithInterruptsOff_EndsWith2() =>
@@ -117,18 +136,20 @@ public sealed class PayloadTests : IDisposable
         }
     }
 
-    private int Run(string driver, string irqchip, Payload.Recorder output, byte[] code)
+    private int Run(string driver, string irqchip, Payload.Recorder output, byte[] code, VgaModel vga = VgaModel.None)
     {
         MachineSpec spec = Payload.Spec(_directory, code) with
         {
             Accel = [driver],
             Irqchip = Enum.Parse<IrqchipChoice>(irqchip, ignoreCase: true),
+            Display = new DisplaySpec { Vga = vga },
         };
         var log = new StringWriter();
         int status = MachineRunner.Run(spec, new RunOptions { Stdio = output, ReportDriver = false }, log);
+        _log = log.ToString().Trim();
         if (status == 4)
         {
-            throw new InvalidOperationException(log.ToString());
+            throw new InvalidOperationException(_log);
         }
 
         return status;

@@ -441,7 +441,7 @@ public sealed class I8042 : IDevice
 
             if (reset)
             {
-                _owner._system.Request(SystemRequest.ProcessorReset, "i8042");
+                _owner._system.Request(SystemRequest.ProcessorReset, "the keyboard controller");
             }
         }
     }

@@ -40,7 +40,7 @@ public interface ISystemControl
 {
     /// <summary>Asks for something.</summary>
     /// <param name="request">What.</param>
-    /// <param name="source">Who asks, for the log: "port 0xCF9".</param>
+    /// <param name="source">Who asks, for the log, as in "reset by …": "port 0xCF9".</param>
     void Request(SystemRequest request, string source);
 
     /// <summary>Ends the VM with a status of the guest's choice (debug-exit port).</summary>
