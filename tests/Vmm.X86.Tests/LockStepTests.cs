@@ -120,6 +120,117 @@ public sealed class LockStepTests
         stops.Should().BeGreaterThan(200);
     }
 
+    // A store to a controller raises an interrupt in the middle of a block, where flags are about to be overwritten.
+    [Theory]
+    [InlineData(0)]
+    [InlineData(1)]
+    public void Interrupt_RaisedByTheProgramItself_IsTakenBehindTheInstructionWithExactFlags(int translateAfter)
+    {
+        const byte vector = 0x40;
+        using var vm = new TestVm(translateAfter: translateAfter, deterministic: true);
+        vm.Ports.Map(Port, new ActingPort(() =>
+        {
+            vm.Port.Vectors.Enqueue(vector);
+            vm.Cpu.Kick();
+        }));
+        vm.EnterLong();
+        vm.State.Rflags |= Rflags.If;
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            Label loop = a.CreateLabel();
+            a.mov(ecx, 20);
+            a.mov(edi, DataAt);
+            a.Label(ref loop);
+            a.mov(rax, long.MinValue);
+            a.add(rax, -1);
+            a.mov(ebx, 0x7F);
+            a.add(bl, 0x7F);
+            a.mov(eax, ecx);
+            a.@out(Port, al);
+            a.add(rsi, rdi);
+            a.dec(ecx);
+            a.jne(loop);
+            a.hlt();
+        });
+
+        // RIP and RFLAGS of each frame, one behind the other.
+        vm.Assemble(0x92000 + 0x200, 64, a =>
+        {
+            a.push(rax);
+            a.mov(rax, __[rsp + 8]);
+            a.mov(__[rdi], rax);
+            a.mov(rax, __[rsp + 24]);
+            a.mov(__[rdi + 8], rax);
+            a.add(edi, 16);
+            a.pop(rax);
+            a.iretq();
+        });
+        const ulong handler = 0x92000 + 0x200;
+        vm.Write64(TestVm.IdtAt + (vector * 16), (handler & 0xFFFF) | (8UL << 16) | (0x8EUL << 40) | ((handler >> 16) << 48));
+        while (vm.Run() == ExitKind.Interrupted)
+        {
+            vm.Cpu.ReadState(vm.State);
+        }
+
+        vm.State.Gpr[1].Should().Be(0);
+        ulong behind = vm.Read64(DataAt);
+        for (ulong i = 0; i < 20; i++)
+        {
+            vm.Read64(DataAt + (i * 16)).Should().Be(behind, "frame {0}", i);
+
+            // 7Fh + 7Fh is FEh: overflow, sign, adjust; odd parity.
+            vm.Read64(DataAt + (i * 16) + 8).Should().Be(Rflags.If | Rflags.Fixed | Rflags.Of | Rflags.Sf | Rflags.Af, "frame {0}", i);
+        }
+
+        vm.Memory[(int)behind - 2].Should().Be(0xE6, "OUT imm8 is the instruction in front");
+        (vm.Cpu.Translator?.Blocks ?? 0).Should().Match(blocks => blocks > 0 == (translateAfter > 0));
+    }
+
+    // A timer whose deadline lies inside the block that arms it.
+    [Theory]
+    [InlineData(0)]
+    [InlineData(1)]
+    public void StopAt_SetInsideABlock_IsKeptExactly(int translateAfter)
+    {
+        using var vm = new TestVm(translateAfter: translateAfter, deterministic: true);
+        int distance = 0;
+        long armed = 0;
+        vm.Ports.Map(Port, new ActingPort(() =>
+        {
+            armed = vm.Cpu.InstructionsRetired;
+            vm.Cpu.StopAt = armed + (distance++ & 15);
+        }));
+        vm.EnterLong();
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            Label loop = a.CreateLabel();
+            a.mov(ecx, 40);
+            a.Label(ref loop);
+            a.inc(ebx);
+            a.@out(Port, al);
+            for (int i = 0; i < 20; i++)
+            {
+                a.inc(rax);
+            }
+
+            a.dec(ecx);
+            a.jne(loop);
+            a.hlt();
+        });
+        ExitKind kind = vm.Run();
+        for (int stop = 0; kind == ExitKind.Interrupted; stop++)
+        {
+            // The port's own instruction is not retired when it is executed, so that the earliest stop is behind it.
+            vm.Cpu.InstructionsRetired.Should().Be(armed + Math.Max(1, stop & 15), "stop {0}", stop);
+            vm.Cpu.StopAt = long.MaxValue;
+            kind = vm.Continue();
+        }
+
+        kind.Should().Be(ExitKind.Halted);
+        distance.Should().Be(40);
+        vm.Cpu.InstructionsRetired.Should().Be(1 + (40 * 24) + 1);
+    }
+
     // The port of the program interrupts it, too.
     private static ExitKind RunTo(TestVm vm, long at)
     {
@@ -505,6 +616,15 @@ public sealed class LockStepTests
         }
 
         a.setb(__byte_ptr[offset + 9]);
+    }
+
+    private sealed class ActingPort(Action act) : IRegisterWindow
+    {
+        public uint Length => 1;
+
+        public ulong Read(uint offset, AccessWidth width) => 0;
+
+        public void Write(uint offset, AccessWidth width, ulong value) => act();
     }
 
     private sealed class KickPort(TestVm vm) : IRegisterWindow
