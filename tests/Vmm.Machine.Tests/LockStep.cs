@@ -73,7 +73,8 @@ internal sealed class LockStep
             outcome = again.Run();
             if (outcome.Difference is null)
             {
-                report.Append(CultureInfo.InvariantCulture, $"\nnot seen again with stops each {step} from {good} on");
+                // Near a stop instructions are interpreted one by one, also those that generated code gets wrong.
+                report.Append(CultureInfo.InvariantCulture, $"\nstops each {step} from {good} on hide it");
                 break;
             }
 
