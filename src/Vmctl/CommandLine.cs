@@ -43,6 +43,7 @@ internal static class CommandLine
         (["attach", "login"], "console"),
         (["vnc", "display", "webvnc"], "status\", which shows the address, or the web page of \"vmctl web"),
         (["migrate"], "send NAME | ssh HOST vmctl receive"),
+        (["inject-nmi"], "nmi"),
         (["eject"], "media NAME DRIVE"),
     ];
 
@@ -64,6 +65,7 @@ internal static class CommandLine
             ControlCommands.Pause(context),
             ControlCommands.Unpause(context),
             ControlCommands.Reset(context),
+            ControlCommands.Nmi(context),
             ControlCommands.Screenshot(context),
             ControlCommands.Balloon(context),
             ControlCommands.Media(context),

@@ -272,6 +272,16 @@ public interface IVcpu : IDisposable
     void WriteRegisters(CpuState state) => WriteState(state);
 }
 
+/// <summary>A vCPU whose local APIC the driver has: modes Split and Kernel. (In User mode the pin is the model's.)</summary>
+public interface INmiPin
+{
+    /// <summary>
+    /// Raises LINT1 of the local APIC for a moment (SDM 3A 11.5.1): an NMI, unless the guest has masked the pin or uses it for
+    /// something else. On the thread that runs the vCPU, outside <see cref="IVcpu.Run"/>; never throws.
+    /// </summary>
+    void PulseNmi();
+}
+
 /// <summary>One CPUID leaf.</summary>
 /// <param name="Function">EAX input.</param>
 /// <param name="Index">ECX input, meaningful when <paramref name="HasIndex"/>.</param>

@@ -29,7 +29,7 @@ namespace Vmm.Kvm;
 // Threads: Run, ReadState, WriteState and SetCpuid by one thread at a time; Kick by any.
 
 /// <summary>A virtual processor of a KVM virtual machine.</summary>
-internal sealed unsafe class KvmVcpu : IVcpu
+internal sealed unsafe class KvmVcpu : IVcpu, INmiPin
 {
     private readonly Lock _kickGate = new();
     private readonly SafeFileHandle _file;
@@ -139,6 +139,28 @@ internal sealed unsafe class KvmVcpu : IVcpu
         const ulong InterruptFlag = 1 << 9;
         _run->if_flag = (state.Rflags & InterruptFlag) != 0 ? (byte)1 : (byte)0;
         _run->ready_for_interrupt_injection = 0;
+    }
+
+    /// <inheritdoc/>
+    public void PulseNmi()
+    {
+        // KVM_NMI goes past the local APIC, so what the guest has made of the pin is looked up here.
+        const ulong apicEnabled = 1 << 11;
+        const uint masked = 1 << 16;
+        kvm_sregs sregs;
+        kvm_lapic_state apic;
+        if (Ioctl.InvokeKvm(_fd, KvmAbi.KVM_GET_SREGS, (nint)(&sregs)) < 0
+            || Ioctl.InvokeKvm(_fd, KvmAbi.KVM_GET_LAPIC, (nint)(&apic)) < 0)
+        {
+            return;
+        }
+
+        // SAFETY: the register page has 1024 bytes and lives on this stack.
+        uint lint1 = *(uint*)((byte*)&apic + 0x360);
+        if ((sregs.apic_base & apicEnabled) == 0 || ((lint1 & masked) == 0 && ((lint1 >> 8) & 7) == 4))
+        {
+            _ = Ioctl.InvokeKvm(_fd, KvmAbi.KVM_NMI, 0);
+        }
     }
 
     /// <inheritdoc/>

@@ -193,6 +193,27 @@ public sealed class Machine : IVcpuOwner, IDisposable
     public bool PressPowerButton() => _parts.PowerButton?.Invoke() ?? false;
 
     /// <summary>
+    /// Presses the NMI button, which leads to LINT1 of every processor's local APIC; who has not masked it there (Linux: the
+    /// first) takes an NMI. A paused machine does when it goes on. Any thread.
+    /// </summary>
+    public void InjectNmi()
+    {
+        foreach (IIrqLine pin in _parts.NmiPins)
+        {
+            pin.Set(true);
+            pin.Set(false);
+        }
+
+        if (_parts.NmiPins.Count == 0)
+        {
+            foreach (VcpuThread thread in _threads)
+            {
+                thread.RequestNmi();
+            }
+        }
+    }
+
+    /// <summary>
     /// Asks the guest to keep no more memory than that; it may take its time, or not do it at all. The balloon returns what
     /// the guest gives up to the host.
     /// </summary>

@@ -124,6 +124,7 @@ public sealed class MachineBuilder : IDisposable
             Pin = _spec.Cpus.Pin,
         };
         parts.Ports.AddRange(interrupts.LocalApics);
+        parts.NmiPins.AddRange(interrupts.LocalApics.ConvertAll(static apic => apic.Lint1));
         parts.Devices.AddRange(interrupts.Devices);
         parts.Blocks.AddRange(_blocks);
         parts.Resources.Add(completion);

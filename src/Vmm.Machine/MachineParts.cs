@@ -60,6 +60,9 @@ internal sealed class MachineParts
     /// <summary>Interrupt ports of the vCPUs; empty unless the local APICs are ours.</summary>
     public List<ICpuInterruptPort> Ports { get; } = [];
 
+    /// <summary>NMI pins of the local APICs that are ours; empty when the driver has them.</summary>
+    public List<IIrqLine> NmiPins { get; } = [];
+
     /// <summary>Devices in the order of their making; owned.</summary>
     public List<IDevice> Devices { get; } = [];
 

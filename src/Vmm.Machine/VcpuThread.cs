@@ -45,6 +45,7 @@ internal sealed class VcpuThread : ICpuWaker, IDisposable
     private volatile bool _stop;
     private volatile bool _pause = true;
     private volatile bool _sleeping;
+    private volatile bool _nmi;
     private ActivityState _activity;
     private long _lookNs;
 
@@ -101,6 +102,13 @@ internal sealed class VcpuThread : ICpuWaker, IDisposable
         }
 
         _wait.Wake();
+    }
+
+    /// <summary>Pulses the NMI pin of a local APIC that the driver has, before the next entry. Any thread.</summary>
+    public void RequestNmi()
+    {
+        _nmi = true;
+        Wake();
     }
 
     /// <summary>Asks the thread to park. Follow with <see cref="WaitParked"/>.</summary>
@@ -169,6 +177,12 @@ internal sealed class VcpuThread : ICpuWaker, IDisposable
             {
                 Sleep();
                 continue;
+            }
+
+            if (_nmi)
+            {
+                _nmi = false;
+                (Vcpu as INmiPin)?.PulseNmi();
             }
 
             _counter?.RunDue();

@@ -77,11 +77,12 @@ public sealed class ControlTests : IAsyncLifetime
                 json.WriteBoolean("force", true);
             },
             CancellationToken.None);
+        await client.ExecuteAsync("inject-nmi", null, CancellationToken.None);
         await client.ExecuteAsync("system_reset", null, CancellationToken.None);
         await client.ExecuteAsync("screendump", json => json.WriteString("filename", "/tmp/x.png"), CancellationToken.None);
 
         _machine.Calls.Should().Equal("pause", "unpause", "power", "memory 33554432", "medium cdrom0 /tmp/second.iso False",
-            "medium cdrom1 - True", "reset", "screenshot /tmp/x.png");
+            "medium cdrom1 - True", "nmi", "reset", "screenshot /tmp/x.png");
         (await watcher.Events.ReadAsync()).Should().Be("STOP");
         (await watcher.Events.ReadAsync()).Should().Be("RESUME");
         (await watcher.Events.ReadAsync()).Should().Be("POWERDOWN");
@@ -212,6 +213,8 @@ public sealed class ControlTests : IAsyncLifetime
         public void PressPowerButton() => Calls.Add("power");
 
         public void Reset() => Calls.Add("reset");
+
+        public void InjectNmi() => Calls.Add("nmi");
 
         public void Quit() => Calls.Add("quit");
 

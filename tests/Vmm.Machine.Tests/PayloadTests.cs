@@ -2,6 +2,8 @@
 using System;
 using System.Collections.Generic;
 using System.IO;
+using System.Threading;
+using System.Threading.Tasks;
 using FluentAssertions;
 using Vmm.Config;
 using Xunit;
@@ -93,6 +95,41 @@ public sealed class PayloadTests : IDisposable
         _log.Should().Be("vmctl: payload: vCPU 0: triple fault");
     }
 
+    // The guest makes a gate for vector 2, opens LINT1 and spins or halts; the handler ends it.
+    [Theory]
+    [MemberData(nameof(Drivers))]
+    public void Nmi_WhileTheGuestSpinsOrHalts_IsTaken(string driver, string irqchip)
+    {
+        foreach (bool halts in new[] { false, true })
+        {
+            byte[] wait = halts ? [0xFB, 0xF4, 0xEB, 0xFE] : [0xEB, 0xFE]; // sti; hlt; jmp $
+            byte[] handler = [0xB0, 7, 0xE6, 0xF4]; // mov al, 7; out 0xF4, al
+            byte[] start =
+            [
+                0xBC, 0x00, 0x00, 0x30, 0x00,                               // mov esp, 0x300000
+                0x66, 0xC7, 0x05, 0x10, 0x00, 0x20, 0x00, 0, 0,             // mov word [0x200010], handler
+                0x66, 0x8C, 0x0D, 0x12, 0x00, 0x20, 0x00,                   // mov [0x200012], cs
+                0x66, 0xC7, 0x05, 0x14, 0x00, 0x20, 0x00, 0x00, 0x8E,       // mov word [0x200014], 0x8E00
+                0x66, 0xC7, 0x05, 0x16, 0x00, 0x20, 0x00, 0x10, 0x00,       // mov word [0x200016], 0x10
+                0x66, 0xC7, 0x05, 0x00, 0x10, 0x20, 0x00, 0xFF, 0x07,       // mov word [0x201000], 0x7FF
+                0xC7, 0x05, 0x02, 0x10, 0x20, 0x00, 0x00, 0x00, 0x20, 0x00, // mov dword [0x201002], 0x200000
+                0x0F, 0x01, 0x1D, 0x00, 0x10, 0x20, 0x00,                   // lidt [0x201000]
+                0xC7, 0x05, 0xF0, 0x00, 0xE0, 0xFE, 0xFF, 0x01, 0x00, 0x00, // mov dword [0xFEE000F0], 0x1FF
+                0xC7, 0x05, 0x60, 0x03, 0xE0, 0xFE, 0x00, 0x04, 0x00, 0x00, // mov dword [0xFEE00360], 0x400
+                0xB0, 0xFF, 0xE6, 0x21, 0xE6, 0xA1,                         // mov al, 0xFF; out 0x21, al; out 0xA1, al
+                .. Print("r"),
+            ];
+            BitConverter.TryWriteBytes(start.AsSpan(12), (ushort)(0x20 + start.Length + wait.Length)).Should().BeTrue();
+            var output = new Payload.Recorder();
+
+            Run(driver, irqchip, output, [.. start, .. wait, .. handler], onBuilt: machine => _ = Task.Run(() =>
+            {
+                SpinWait.SpinUntil(() => output.Text == "r", 60_000);
+                machine.InjectNmi();
+            })).Should().Be((7 << 1) | 1);
+        }
+    }
+
     [Fact]
     public void Halt_WithInterruptsOff_EndsWith2() =>
         Run("soft", "user", new Payload.Recorder(), [0xFA, 0xF4]).Should().Be(2);
@@ -136,7 +173,13 @@ public sealed class PayloadTests : IDisposable
         }
     }
 
-    private int Run(string driver, string irqchip, Payload.Recorder output, byte[] code, VgaModel vga = VgaModel.None)
+    private int Run(
+        string driver,
+        string irqchip,
+        Payload.Recorder output,
+        byte[] code,
+        VgaModel vga = VgaModel.None,
+        Action<Machine>? onBuilt = null)
     {
         MachineSpec spec = Payload.Spec(_directory, code) with
         {
@@ -145,7 +188,16 @@ public sealed class PayloadTests : IDisposable
             Display = new DisplaySpec { Vga = vga },
         };
         var log = new StringWriter();
-        int status = MachineRunner.Run(spec, new RunOptions { Stdio = output, ReportDriver = false }, log);
+        int status = MachineRunner.Run(spec, new RunOptions
+        {
+            Stdio = output,
+            ReportDriver = false,
+            OnBuilt = machine =>
+            {
+                onBuilt?.Invoke(machine);
+                return null;
+            },
+        }, log);
         _log = log.ToString().Trim();
         if (status == 4)
         {

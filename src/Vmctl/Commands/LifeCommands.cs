@@ -306,6 +306,9 @@ internal static class ControlCommands
     internal static Command Reset(CommandContext context) =>
         Simple(context, "reset", "system_reset", "Press the reset button: the guest is not asked.");
 
+    internal static Command Nmi(CommandContext context) =>
+        Simple(context, "nmi", "inject-nmi", "Press the NMI button: a guest that is set up for it writes a dump, or says where it hangs.");
+
     internal static Command Screenshot(CommandContext context)
     {
         var command = new Command("screenshot", "Write the screen to a PNG file, or as text to standard output.");

@@ -50,6 +50,8 @@ internal sealed class MachineControl : IMachineControl
 
     public void Reset() => _machine.Stop(MachineResult.For(StopReason.Reset, "reset by command"));
 
+    public void InjectNmi() => _machine.InjectNmi();
+
     public void Quit() => _machine.Stop(MachineResult.For(StopReason.Quit));
 
     public void Screenshot(string path)

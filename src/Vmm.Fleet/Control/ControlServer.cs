@@ -29,8 +29,8 @@ public sealed class ControlServer : IAsyncDisposable
 
     private static readonly string[] s_commands =
     [
-        "balloon", "blockdev-change-medium", "cont", "eject", "qmp_capabilities", "query-balloon", "query-commands", "query-name", "query-status",
-        "query-version", "quit", "screendump", "stop", "system_powerdown", "system_reset", "vmm-console-tail", "vmm-save",
+        "balloon", "blockdev-change-medium", "cont", "eject", "inject-nmi", "qmp_capabilities", "query-balloon", "query-commands", "query-name",
+        "query-status", "query-version", "quit", "screendump", "stop", "system_powerdown", "system_reset", "vmm-console-tail", "vmm-save",
         "vmm-screen", "vmm-screen-text", "vmm-status",
     ];
 
@@ -184,6 +184,9 @@ public sealed class ControlServer : IAsyncDisposable
                 return Done(id);
             case "system_reset":
                 _machine.Reset();
+                return Done(id);
+            case "inject-nmi":
+                _machine.InjectNmi();
                 return Done(id);
             case "quit":
                 // The answer first: after Quit the process ends on its own schedule.

@@ -80,6 +80,9 @@ public interface IMachineControl
     /// <summary>Resets the machine as its button would.</summary>
     void Reset();
 
+    /// <summary>Presses the NMI button.</summary>
+    void InjectNmi();
+
     /// <summary>Ends the VM at once.</summary>
     void Quit();
 

@@ -50,7 +50,10 @@ internal sealed class HttpApi
         routes.MapPost("/v1/stop", StopAllAsync);
         routes.MapPost("/v1/vms/{name}/start", OfVm(StartVmAsync));
         routes.MapPost("/v1/vms/{name}/stop", OfVm(StopVmAsync));
-        foreach ((string verb, string command) in new[] { ("pause", "stop"), ("unpause", "cont"), ("reset", "system_reset") })
+        foreach ((string verb, string command) in new[]
+        {
+            ("pause", "stop"), ("unpause", "cont"), ("reset", "system_reset"), ("nmi", "inject-nmi"),
+        })
         {
             routes.MapPost("/v1/vms/{name}/" + verb, OfVm((context, vm) => ControlAsync(context, vm, command)));
         }
