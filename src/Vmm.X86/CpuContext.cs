@@ -399,6 +399,10 @@ internal unsafe struct CpuContext
     [FieldOffset(Offsets.Scratch)]
     public ulong Scratch;
 
+    /// <summary>CPUID in generated code.</summary>
+    [FieldOffset(Offsets.LastCpuid)]
+    public LastCpuid LastCpuid;
+
     /// <summary>Where InstructionCount stops (SoftVcpu.StopAt).</summary>
     [FieldOffset(Offsets.CountLimit)]
     public ulong CountLimit;

@@ -133,6 +133,11 @@ public sealed unsafe partial class SoftVcpu
             ebx = size;
         }
 
+        if (function is not (1 or 7 or 0xD))
+        {
+            cpu->LastCpuid.Set(function, index, entry);
+        }
+
         cpu->Rax = entry.Eax;
         cpu->Rbx = ebx;
         cpu->Rcx = ecx;

@@ -73,6 +73,7 @@ public sealed unsafe partial class SoftVcpu : IVcpu
     public void SetCpuid(ReadOnlySpan<CpuidEntry> entries)
     {
         _cpuid = entries.ToArray();
+        _cpu->LastCpuid.Forget();
         _cpu->Features = CpuidTable.Features(FindCpuid);
         uint sizes = FindCpuid(0x80000008, 0).Eax;
         int bits = (int)(sizes & 0xFF);

@@ -221,6 +221,54 @@ public sealed class GroupTests
         vm.Assemble(TestVm.CodeAt, 64, a => Draw(a, random));
     }
 
+    // Most frames of a recursion lie on both sides of a page boundary: places that share a site must not fight for it by
+    // being translated anew again and again.
+    [Theory]
+    [InlineData(0)]
+    [InlineData(1)]
+    [InlineData(2)]
+    [InlineData(3)]
+    public void Recursion_AcrossScatteredPages_SettlesDown(int shift)
+    {
+        const int rounds = 300;
+        using var vm = new TestVm(translateAfter: 2);
+        vm.EnterLong(3);
+        Scatter(vm, new Random(5), 0);
+        vm.State.Gpr[4] = Window + 0x4000 + (uint)(16 * (8 + shift));
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            var outer = a.CreateLabel();
+            var fibonacci = a.CreateLabel();
+            var leaf = a.CreateLabel();
+            a.mov(r13d, rounds);
+            a.Label(ref outer);
+            a.mov(edi, 14);
+            a.call(fibonacci);
+            a.sub(r13d, 1);
+            a.jne(outer);
+            a.hlt();
+            a.Label(ref fibonacci);
+            a.cmp(rdi, 2);
+            a.jb(leaf);
+            a.push(rbx);
+            a.lea(rbx, __[rdi - 2]);
+            a.dec(rdi);
+            a.call(fibonacci);
+            a.mov(rdi, rbx);
+            a.mov(rbx, rax);
+            a.call(fibonacci);
+            a.add(rax, rbx);
+            a.pop(rbx);
+            a.ret();
+            a.Label(ref leaf);
+            a.mov(rax, rdi);
+            a.ret();
+        });
+        vm.Run().Should().Be(ExitKind.Halted);
+        vm.State.Gpr[0].Should().Be(377);
+        vm.Cpu.Translator!.Blocks.Should().BeLessThan(60);
+    }
+
     // Small pages at random places, in two runs that lie side by side and otherwise apart.
     private static void Scatter(TestVm vm, Random random, int holes)
     {

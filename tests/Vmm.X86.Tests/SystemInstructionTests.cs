@@ -11,6 +11,85 @@ namespace Vmm.X86.Tests;
 /// <summary>Transfers between tasks and levels, and the system instructions that no unit test of a public suite reaches.</summary>
 public sealed class SystemInstructionTests
 {
+    // A leaf that is read again and again is answered in line; those that follow a register never are.
+    [Fact]
+    public void Cpuid_InTranslatedCode_FollowsTheTableAndTheRegisters()
+    {
+        using var vm = new TestVm();
+        vm.EnterLong();
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            var loop = a.CreateLabel();
+            a.mov(r8d, 40);
+            a.mov(rsi, cr4);
+            a.Label(ref loop);
+            a.mov(eax, 0x80000002);
+            a.xor(ecx, ecx);
+            a.cpuid();
+            a.add(r9, rbx);
+            a.mov(eax, 0x80000002);
+            a.mov(ecx, 5);
+            a.cpuid();
+            a.add(r9, rbx);
+            a.xor(rsi, 1 << 18);
+            a.mov(cr4, rsi);
+            a.mov(eax, 1);
+            a.cpuid();
+            a.shr(ecx, 27);
+            a.and(ecx, 1);
+            a.add(r10, rcx);
+            a.mov(eax, 0x80000002);
+            a.mov(ecx, 5);
+            a.cpuid();
+            a.add(r11, rdx);
+            a.dec(r8d);
+            a.jne(loop);
+            a.hlt();
+        });
+        vm.Run().Should().Be(ExitKind.Halted);
+        CpuidEntry brand = vm.Cpu.FindCpuid(0x80000002, 0);
+        vm.State.Gpr[9].Should().Be(80UL * brand.Ebx);
+        vm.State.Gpr[10].Should().Be(20, "OSXSAVE is set in every other round");
+        vm.State.Gpr[11].Should().Be(40UL * brand.Edx);
+    }
+
+    [Fact]
+    public void Cpuid_OfOneLeaf_LeavesTranslatedCodeOnce()
+    {
+        using var vm = new TestVm();
+        vm.EnterLong();
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            var loop = a.CreateLabel();
+            a.mov(r8d, 50);
+            a.Label(ref loop);
+            a.xor(eax, eax);
+            a.xor(ecx, ecx);
+            a.cpuid();
+            a.dec(r8d);
+            a.jne(loop);
+            a.hlt();
+        });
+        vm.Run().Should().Be(ExitKind.Halted);
+        long calls = 0;
+        foreach (VmStatistic one in ((IVmStatistics)vm.Vm).ReadStatistics())
+        {
+            calls += one.Name == "handler-cpuid" ? one.Value : 0;
+        }
+
+        calls.Should().BeLessThan(4);
+        vm.State.Gpr[0].Should().Be(vm.Cpu.FindCpuid(0, 0).Eax);
+        using var hypervisor = new SoftHypervisor(TestCode.Create());
+        CpuidEntry[] table = [.. hypervisor.SupportedCpuid];
+        int first = Array.FindIndex(table, static entry => entry.Function == 0);
+        table[first] = table[first] with { Ebx = 8 };
+        vm.Cpu.SetCpuid(table);
+        vm.State.Activity = ActivityState.Running;
+        vm.State.Rip = TestVm.CodeAt;
+        vm.Run().Should().Be(ExitKind.Halted);
+        vm.State.Gpr[3].Should().Be(8, "the table is another");
+    }
+
     private const uint OtherTss = 0x94000;
     private const uint OtherCode = 0x20000;
     private const uint OtherStack = 0x30000;

@@ -592,6 +592,7 @@ internal static class Offsets
     public const int CallsUserTlb = Calls + 64;
     public const int Scratch = 0xB70;
     public const int CountLimit = 0xB78;
+    public const int LastCpuid = 0xB80;
     public const int Cr0 = 0x218;
     public const int Cr2 = 0x220;
     public const int Cr3 = 0x228;

@@ -1,5 +1,36 @@
 // SPDX-License-Identifier: BSD-2-Clause
+using Vmm.Core;
+
 namespace Vmm.X86;
+
+/// <summary>
+/// The leaf of CPUID that was read last, for generated code. Leaves that follow a register (1, 7 and 0xD: CR4, XCR0, the
+/// APIC's base) are never here, so that only a new table ends it.
+/// </summary>
+internal unsafe struct LastCpuid
+{
+    /// <summary>Where the registers start.</summary>
+    public const int RegistersOffset = sizeof(ulong);
+
+    /// <summary>EAX and, in the high half, ECX in front of the instruction.</summary>
+    private ulong _leaf;
+
+    /// <summary>EAX, EBX, ECX and EDX behind it.</summary>
+    private fixed uint _registers[4];
+
+    /// <summary>Takes a leaf.</summary>
+    public void Set(uint function, uint index, in CpuidEntry entry)
+    {
+        _leaf = function | ((ulong)index << 32);
+        _registers[0] = entry.Eax;
+        _registers[1] = entry.Ebx;
+        _registers[2] = entry.Ecx;
+        _registers[3] = entry.Edx;
+    }
+
+    /// <summary>Takes a leaf that no table has: each value of the two registers is some leaf.</summary>
+    public void Forget() => Set(uint.MaxValue, uint.MaxValue, default);
+}
 
 /// <summary>
 /// What generated code needs for SYSCALL and SYSRET in line (Translator.System.cs), computed by the handler when it has

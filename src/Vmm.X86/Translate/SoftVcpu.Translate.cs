@@ -333,8 +333,13 @@ public sealed unsafe partial class SoftVcpu
             if (cpu->Thrashing != 0)
             {
                 cpu->Thrashing = 0;
-                block->TlbInsns |= 1U << (int)(insn - block->First);
-                Retire(cpu, block, head);
+                uint bit = 1U << (int)(insn - block->First);
+                if ((block->TlbInsns & bit) == 0)
+                {
+                    // Some forms have a site whatever happens: making those anew would not end.
+                    block->TlbInsns |= bit;
+                    Retire(cpu, block, head);
+                }
             }
 
             cpu->HandlerCalls[insn->Code]++;

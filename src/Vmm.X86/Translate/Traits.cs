@@ -34,6 +34,7 @@ internal enum InsnKind : byte
     Rdtsc,
     Rdpid,
     Rdpkru,
+    Cpuid,
     Direction,
     MoveFromControl,
     String,
@@ -258,6 +259,8 @@ internal sealed unsafe class TraitsTable
             case Code.Rdtsc:
             case Code.Rdtscp:
                 return InsnKind.Rdtsc;
+            case Code.Cpuid:
+                return InsnKind.Cpuid;
             case Code.Rdpkru:
                 return InsnKind.Rdpkru;
             case Code.Cld:

@@ -62,6 +62,9 @@ internal sealed unsafe partial class Translator
             case InsnKind.Rdpkru:
                 EmitRdpkru();
                 break;
+            case InsnKind.Cpuid:
+                EmitCpuid();
+                break;
             case InsnKind.Direction:
                 EmitDirection(instruction);
                 break;
@@ -575,7 +578,21 @@ internal sealed unsafe partial class Translator
         if (!IsMember)
         {
             FreeFlags();
-            Probe(new HostMemory(Host.GuestRsp, -8), 8, write: true, 1);
+            CheckWord(new HostMemory(Host.GuestRsp, -8), write: true);
+        }
+    }
+
+    // Checks a quadword of the stack, where T0 may be lost. Frames that lie across two scattered pages may take the
+    // stack's site from each other all the time; such places look into the TLB, as others do.
+    private void CheckWord(in HostMemory form, bool write)
+    {
+        if (DataMode != MmuMode.Empty && Wanders(_at))
+        {
+            ProbeTlb(form, sizeof(ulong), write, 1);
+        }
+        else
+        {
+            Probe(form, sizeof(ulong), write, 1);
         }
     }
 
@@ -588,7 +605,7 @@ internal sealed unsafe partial class Translator
         }
 
         FreeFlags();
-        Probe(new HostMemory(Host.GuestRsp, 0), 8, write: false, 1);
+        CheckWord(new HostMemory(Host.GuestRsp, 0), write: false);
         return new HostMemory(Host.GuestRsp, Host.T1, 0, 0);
     }
 
@@ -643,7 +660,7 @@ internal sealed unsafe partial class Translator
     private void EmitLeave()
     {
         FreeFlags();
-        Probe(new HostMemory(Host.Rbp, 0), 8, write: false, 1);
+        CheckWord(new HostMemory(Host.Rbp, 0), write: false);
         _e.Load(Host.T1, new HostMemory(Host.Rbp, Host.T1, 0, 0));
         _e.Lea(Host.GuestRsp, new HostMemory(Host.Rbp, 8));
         _e.Move(Host.Rbp, Host.T1);

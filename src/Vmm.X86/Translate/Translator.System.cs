@@ -201,6 +201,22 @@ internal sealed unsafe partial class Translator
         }
     }
 
+    // In line when it is the leaf that the handler executed last, unless that depends on a register (LastCpuid).
+    private void EmitCpuid()
+    {
+        FreeFlags();
+        _e.Move32(Host.T0, Host.Rax);
+        _e.Move32(Host.T1, Host.Rcx);
+        _e.Shift(4, Host.T1, 32);
+        _e.Alu(AluOp.Or, Host.T0, Host.T1);
+        _e.Alu(AluOp.Cmp, Host.T0, HostMemory.Context(Offsets.LastCpuid));
+        SlowJump(_e.JumpIf(HostCondition.NotEqual));
+        _e.Load32(Host.Rax, HostMemory.Context(Offsets.LastCpuid + LastCpuid.RegistersOffset));
+        _e.Load32(Host.Rbx, HostMemory.Context(Offsets.LastCpuid + LastCpuid.RegistersOffset + 4));
+        _e.Load32(Host.Rcx, HostMemory.Context(Offsets.LastCpuid + LastCpuid.RegistersOffset + 8));
+        _e.Load32(Host.Rdx, HostMemory.Context(Offsets.LastCpuid + LastCpuid.RegistersOffset + 12));
+    }
+
     private void EmitRdpkru()
     {
         FreeFlags();
