@@ -110,6 +110,10 @@ public sealed unsafe class EmitterTests
         Text((ref Emitter e) => e.MoveVector(9, field, store: true)).Should().Be("movups gs:[3B8h],xmm9");
         Text((ref Emitter e) => e.MoveVector(1, field, store: false)).Should().Be("movups xmm1,gs:[3B8h]");
         Text((ref Emitter e) => e.MoveUpper(9, field, store: true)).Should().Be("vextractf128 gs:[3B8h],ymm9,1");
+        Text((ref Emitter e) => e.LoadWide(0, field, or: false)).Should().Be("vmovups ymm0,gs:[3B8h]");
+        Text((ref Emitter e) => e.LoadWide(5, field, or: true)).Should().Be("vorps ymm5,ymm5,gs:[3B8h]");
+        Text((ref Emitter e) => e.TestWide(3)).Should().Be("vptest ymm3,ymm3");
+        Text((ref Emitter e) => e.ZeroUpper()).Should().Be("vzeroupper");
         Text((ref Emitter e) => e.MoveUpper(9, field, store: false)).Should().Be("vinsertf128 ymm9,ymm9,gs:[3B8h],1");
         Text((ref Emitter e) => e.Mxcsr(2, field)).Should().Be("ldmxcsr gs:[3B8h]");
         Text((ref Emitter e) => e.Mxcsr(3, field)).Should().Be("stmxcsr gs:[3B8h]");

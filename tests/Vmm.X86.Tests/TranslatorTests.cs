@@ -14,6 +14,51 @@ namespace Vmm.X86.Tests;
 /// <summary>Programs that are translated from their first block on.</summary>
 public sealed class TranslatorTests
 {
+    // Upper halves are cleared instead of loaded when they are all zero (-1), and kept when one is not.
+    [Theory]
+    [InlineData(-1)]
+    [InlineData(0)]
+    [InlineData(7)]
+    [InlineData(15)]
+    public void UpperHalves_AroundHandlers_AreKept(int register)
+    {
+        const int xmm = 160;
+        const int upper = 576;
+        const int headers = 512;
+        using var vm = new TestVm();
+        vm.EnterLong();
+        vm.State.Xsave[headers] = 7;
+        for (int i = 0; i < 16; i++)
+        {
+            vm.State.Xsave[xmm + (16 * i)] = (byte)(i + 1);
+        }
+
+        if (register >= 0)
+        {
+            vm.State.Xsave[upper + (16 * register) + 11] = 0x5A;
+        }
+
+        byte[] before = vm.State.Xsave.AsSpan(upper, 256).ToArray();
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            var loop = a.CreateLabel();
+            a.mov(ecx, 10);
+            a.Label(ref loop);
+            a.paddd(xmm0, xmm1);
+            a.paddd(xmm15, xmm1);
+            a.invlpg(__byte_ptr[0x20000]);
+            a.paddd(xmm0, xmm1);
+            a.dec(ecx);
+            a.jne(loop);
+            a.hlt();
+        });
+        vm.Run().Should().Be(ExitKind.Halted);
+        vm.State.Xsave[xmm].Should().Be(1 + (20 * 2));
+        vm.State.Xsave[xmm + (16 * 15)].Should().Be(16 + (10 * 2));
+        vm.State.Xsave[xmm + (16 * 9)].Should().Be(10);
+        vm.State.Xsave.AsSpan(upper, 256).ToArray().Should().Equal(before);
+    }
+
     private const int CallRounds = 120;
 
     [Fact]

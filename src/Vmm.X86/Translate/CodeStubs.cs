@@ -345,6 +345,10 @@ internal sealed unsafe class CodeStubs
     }
 
     // XMM0 to XMM15 and MXCSR, and the upper halves when VectorsReady says 2.
+    //
+    // Upper halves that are all zero are not loaded one by one but cleared. The processor knows them to be clear then;
+    // while any is not, each SSE instruction has to merge its result with what is above, and so waits for the last one
+    // that wrote its register: loops over MOVSD or CVTSI2SD take three to nine times as long.
     private static void EmitVectors(ref Emitter e, bool store)
     {
         e.Mxcsr(store ? 3 : 2, HostMemory.Context(Offsets.Mxcsr));
@@ -356,15 +360,32 @@ internal sealed unsafe class CodeStubs
         {
             e.Load32(Host.T0, HostMemory.Context(Offsets.VectorsReady));
             e.Store32(HostMemory.Context(Offsets.VectorsLoaded), Host.T0);
+            e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.VectorsLoaded), 2);
+            byte* without = e.JumpIf(HostCondition.Below);
+            for (int i = 0; i < 8; i++)
+            {
+                e.LoadWide(0, HostMemory.Context(Offsets.YmmHigh + (32 * i)), or: i != 0);
+            }
+
+            e.TestWide(0);
+            byte* wide = e.JumpIf(HostCondition.NotEqual);
+            e.ZeroUpper();
+            e.Land(without);
+            MoveVectors(ref e, store: false);
+            e.Alu32(AluOp.Xor, Host.T0, Host.T0);
+            e.Return();
+            e.Land(wide);
         }
 
-        for (int i = 0; i < 16; i++)
+        MoveVectors(ref e, store);
+
+        byte* narrow = null;
+        if (store)
         {
-            e.MoveVector(i, HostMemory.Context(Offsets.Xmm + (16 * i)), store);
+            e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.VectorsLoaded), 2);
+            narrow = e.JumpIf(HostCondition.Below);
         }
 
-        e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.VectorsLoaded), 2);
-        byte* narrow = e.JumpIf(HostCondition.Below);
         for (int i = 0; i < 16; i++)
         {
             e.MoveUpper(i, HostMemory.Context(Offsets.YmmHigh + (16 * i)), store);
@@ -372,20 +393,25 @@ internal sealed unsafe class CodeStubs
 
         if (store)
         {
-            // VZEROUPPER: what runs next must not pay for dirty upper halves.
-            e.Byte(0xC5);
-            e.Byte(0xF8);
-            e.Byte(0x77);
+            // What runs next must not pay for upper halves that are not clear.
+            e.ZeroUpper();
+            e.Land(narrow);
         }
-
-        e.Land(narrow);
-        if (!store)
+        else
         {
             // CF clear: they are loaded.
             e.Alu32(AluOp.Xor, Host.T0, Host.T0);
         }
 
         e.Return();
+    }
+
+    private static void MoveVectors(ref Emitter e, bool store)
+    {
+        for (int i = 0; i < 16; i++)
+        {
+            e.MoveVector(i, HostMemory.Context(Offsets.Xmm + (16 * i)), store);
+        }
     }
 
     // XSAVE with only the x87 component (EAX:EDX are saved: general registers are the guest's). Instruction and operand

@@ -418,6 +418,37 @@ internal unsafe struct Emitter
         Byte(1);
     }
 
+    /// <summary>VMOVUPS register, memory or VORPS register, register, memory; 256 bits, registers 0 to 7.</summary>
+    public void LoadWide(int register, in HostMemory memory, bool or)
+    {
+        Prefix(memory);
+        int x = memory.Index > 7 ? 0 : 0x40;
+        int b = memory.Base > 7 ? 0 : 0x20;
+        Byte(0xC4);
+        Byte(0x80 | x | b | 1);
+        Byte((or ? (~register & 15) << 3 : 0x78) | 4);
+        Byte(or ? 0x56 : 0x10);
+        ModRm(register, memory);
+    }
+
+    /// <summary>VPTEST register, register; 256 bits, registers 0 to 7.</summary>
+    public void TestWide(int register)
+    {
+        Byte(0xC4);
+        Byte(0xE2);
+        Byte(0x7D);
+        Byte(0x17);
+        Byte(0xC0 | (register << 3) | register);
+    }
+
+    /// <summary>VZEROUPPER.</summary>
+    public void ZeroUpper()
+    {
+        Byte(0xC5);
+        Byte(0xF8);
+        Byte(0x77);
+    }
+
     /// <summary>LDMXCSR (2) or STMXCSR (3).</summary>
     public void Mxcsr(int kind, in HostMemory memory) => MemoryForm(false, 0x0FAE, kind, memory);
 
