@@ -322,21 +322,14 @@ public sealed class MachineBuilder : IDisposable
 
         if (_spec.Watchdog != WatchdogAction.None)
         {
-            var watchdog = new I6300Esb(_clock, _system);
-            bus.AttachNext(watchdog);
-            parts.Devices.Add(watchdog);
+            parts.AddCard(bus, new I6300Esb(_clock, _system));
         }
 
         var cards = new Cards(_spec, _chars, _memory, block => _hostMemory.GetValueOrDefault(block), parts.Virtio);
         parts.Resources.Add(cards);
         foreach (IDevice card in cards.Make())
         {
-            if (card is PciFunction function)
-            {
-                bus.AttachNext(function);
-            }
-
-            parts.Devices.Add(card);
+            parts.AddCard(bus, card);
         }
 
         parts.AcpiNodes.AddRange(parts.Virtio.Places);
@@ -344,17 +337,13 @@ public sealed class MachineBuilder : IDisposable
         List<UsbHidDevice> usb = ScreenWiring.MakeUsb(_spec);
         if (usb.Count > 0)
         {
-            var controller = new Xhci("usb", _clock, [.. usb]);
-            bus.AttachNext(controller);
-            parts.Devices.Add(controller);
+            parts.AddCard(bus, new Xhci("usb", _clock, [.. usb]));
         }
 
         ScreenWiring.Serve(parts, _spec, keyboard, cards.Inputs, usb);
         if (_spec.TestDevice)
         {
-            var card = new PciTestCard();
-            bus.AttachNext(card);
-            parts.Devices.Add(card);
+            parts.AddCard(bus, new PciTestCard());
         }
 
         if (firmware is null && _spec.TestDevice)

@@ -4,6 +4,7 @@ using System.Collections.Generic;
 using Vmm.Backends.Block;
 using Vmm.Core;
 using Vmm.Devices.Firmware;
+using Vmm.Devices.Pci;
 using Vmm.Devices.Storage;
 using Vmm.Devices.Virtio;
 using Vmm.Memory;
@@ -89,4 +90,25 @@ internal sealed class MachineParts
 
     /// <summary>Presses the power button; false when the guest does not listen.</summary>
     public Func<bool>? PowerButton { get; set; }
+
+    /// <summary>Adds a device, and puts it on the bus if it is a PCI card: a virtio-mmio device is none.</summary>
+    /// <param name="bus">Where to.</param>
+    /// <param name="card">The device.</param>
+    /// <param name="slot">Its place; null for the next free one.</param>
+    public void AddCard(PciBus bus, IDevice card, int? slot = null)
+    {
+        if (card is PciFunction function)
+        {
+            if (slot is { } place)
+            {
+                bus.Attach(function, place);
+            }
+            else
+            {
+                bus.AttachNext(function);
+            }
+        }
+
+        Devices.Add(card);
+    }
 }

@@ -22,6 +22,7 @@ namespace Vmm.Machine;
 /// <summary>The display card, keyboard and mouse of a machine, and the VNC server that shows them.</summary>
 internal static class ScreenWiring
 {
+    private const int Slot = 2;
     private const ulong VideoMemoryBytes = 16 << 20;
 
     /// <summary>Adds keyboard and mouse and the card that the definition asks for.</summary>
@@ -55,12 +56,7 @@ internal static class ScreenWiring
             case VgaModel.Virtio:
                 var gpu = new VirtioGpu();
                 IDevice device = parts.Virtio.Make("gpu0", gpu);
-                if (device is PciFunction function)
-                {
-                    bus.Attach(function, 2);
-                }
-
-                parts.Devices.Add(device);
+                parts.AddCard(bus, device, Slot);
                 return gpu;
             default:
                 throw new BootException(
@@ -71,8 +67,7 @@ internal static class ScreenWiring
         parts.Resources.Add(ram);
         parts.Blocks.Add(ram);
         var card = new Vga(clock, ram, new VideoMemoryMapper(memory, ram), FirmwareImage.FindVgaBios(), () => parts.Slots.CollectDirty());
-        bus.Attach(card, 2);
-        parts.Devices.Add(card);
+        parts.AddCard(bus, card, Slot);
         bus.Ports.Map(Vga.Port, card.Ports);
         bus.Ports.Map(Vga.DispiPort, card.DispiPorts);
         bus.Mmio.Map(Vga.LegacyAddress, card.LegacyMemory);

@@ -240,12 +240,7 @@ internal sealed class StorageWiring
 
         foreach (IDevice card in _cards)
         {
-            if (card is PciFunction function)
-            {
-                _bus.AttachNext(function);
-            }
-
-            _parts.Devices.Add(card);
+            _parts.AddCard(_bus, card);
         }
     }
 }

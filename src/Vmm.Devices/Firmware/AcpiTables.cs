@@ -278,7 +278,7 @@ public static class AcpiTables
     private static byte[] Hpet()
     {
         var hpet = new byte[20];
-        Put32(hpet, 0, 0x8086A201);
+        Put32(hpet, 0, Legacy.Hpet.BlockId());
         hpet[4] = 0;
         hpet[5] = 64;
         BinaryPrimitives.WriteUInt64LittleEndian(hpet.AsSpan(8), HpetAddress);

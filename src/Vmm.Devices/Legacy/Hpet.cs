@@ -23,6 +23,7 @@ public sealed class Hpet : IDevice, IRegisterWindow
     /// <summary>I/O APIC inputs that comparators can use: 2, 8, 16..23.</summary>
     public const uint RouteMask = 0x00FF_0104;
 
+    private const int UsualTimers = 3;
     private const long TickNs = 10;
     private const ulong PeriodFs = 10_000_000;
     private const long MinimumPeriodNs = 50_000;
@@ -60,7 +61,7 @@ public sealed class Hpet : IDevice, IRegisterWindow
     /// <param name="irq8">ISA IRQ 8.</param>
     /// <param name="msi">For comparators in FSB mode.</param>
     /// <param name="timers">3..32 comparators.</param>
-    public Hpet(IClock clock, IIrqLine[] lines, IIrqLine irq0, IIrqLine irq8, IMsiSink msi, int timers = 3)
+    public Hpet(IClock clock, IIrqLine[] lines, IIrqLine irq0, IIrqLine irq8, IMsiSink msi, int timers = UsualTimers)
     {
         ArgumentNullException.ThrowIfNull(clock);
         ArgumentNullException.ThrowIfNull(lines);
@@ -83,8 +84,7 @@ public sealed class Hpet : IDevice, IRegisterWindow
             _timers[i] = new Comparator(clock.CreateTimer($"hpet{i}", () => OnTimer(index)));
         }
 
-        // Vendor 8086, legacy replacement, 64-bit counter, revision 1 (§2.3.4).
-        _capabilities = (PeriodFs << 32) | 0x8086_A000 | ((ulong)(timers - 1) << 8) | 1;
+        _capabilities = (PeriodFs << 32) | BlockId(timers);
     }
 
     /// <inheritdoc/>
@@ -96,8 +96,12 @@ public sealed class Hpet : IDevice, IRegisterWindow
     /// <inheritdoc/>
     public uint Length => 0x400;
 
-    /// <summary>The low half of the capabilities, as the ACPI table shows it.</summary>
-    public uint EventTimerBlockId => (uint)_capabilities;
+    /// <summary>
+    /// The low half of the capabilities, which the ACPI table shows too: vendor 8086, legacy replacement, 64-bit counter,
+    /// revision 1 (§2.3.4).
+    /// </summary>
+    /// <param name="timers">Number of comparators.</param>
+    public static uint BlockId(int timers = UsualTimers) => 0x8086_A001 | ((uint)(timers - 1) << 8);
 
     /// <summary>The 8254's output goes here instead of to IRQ 0.</summary>
     public IIrqLine PitInput => _irq0.ChipInput;
