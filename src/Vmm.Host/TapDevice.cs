@@ -67,8 +67,18 @@ public sealed class TapDevice : IDisposable
         const int ReadWrite = 2;
         OsAbi abi = OsAbi.Current;
         int fd = LibC.open(path, ReadWrite | abi.OpenCloseOnExec | abi.OpenNonBlocking, 0);
-        return fd >= 0 ? new SafeFileHandle(fd, ownsHandle: true) : throw HostException.Last($"{what}: open {path}");
+        return fd >= 0 ? new SafeFileHandle(fd, ownsHandle: true) : throw Explain(what, HostException.Last($"{what}: open {path}"));
     }
+
+    // What to do about the refusals that everybody meets once.
+    private static HostException Explain(string what, HostException refused) => refused.Error switch
+    {
+        Errno.EPERM or Errno.EACCES => new HostException(
+            $"{what}: this user may not use it; run as root, or let root make it for this user"
+                + (OsAbi.Current.System == HostSystem.Linux ? " (ip tuntap add mode tap user NAME)" : string.Empty)),
+        Errno.EBUSY => new HostException($"{what}: another program uses it; each VM needs a tap of its own"),
+        _ => refused,
+    };
 
     private static unsafe TapDevice OpenLinux(string name)
     {
@@ -87,7 +97,7 @@ public sealed class TapDevice : IDisposable
             && Ioctl.Invoke(fd, TunSetOffload, OffloadAll) == 0;
         if (!ok)
         {
-            HostException error = HostException.Last($"tap {name}");
+            HostException error = Explain($"tap {name}", HostException.Last($"tap {name}"));
             handle.Dispose();
             throw error;
         }

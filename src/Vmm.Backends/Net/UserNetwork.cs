@@ -1083,7 +1083,14 @@ public sealed class UserNetwork : INetBackend
         catch (SocketException e)
         {
             string protocol = forward.IsUdp ? "udp" : "tcp";
-            throw new HostException($"listen on {protocol} {forward.HostAddress}:{forward.HostPort}: {e.Message}");
+            string what = $"forward: {protocol} {new IPEndPoint(forward.HostAddress, forward.HostPort)}: ";
+            throw new HostException(what + e.SocketErrorCode switch
+            {
+                SocketError.AddressAlreadyInUse => "something else on this host listens there; give the forward another host port",
+                SocketError.AccessDenied => "this user may not listen there; give the forward a host port of 1024 or above",
+                SocketError.AddressNotAvailable => "this host does not have that address",
+                _ => e.Message,
+            });
         }
     }
 

@@ -554,6 +554,15 @@ public sealed class UserNetworkTests : IDisposable
         guest.Wait(f => f[12] == 8 && f[13] == 6).Should().NotBeEmpty("it still works");
     }
 
+    [Fact]
+    public void Forward_OnAPortInUse_SaysWhatIsWrongAndWhatToDo()
+    {
+        using TcpListener host = Listen();
+        Action make = () => Make(o => o with { Forwards = [new PortForward(false, IPAddress.Loopback, PortOf(host), 22)] });
+        make.Should().Throw<HostException>().WithMessage(
+            $"forward: tcp 127.0.0.1:{PortOf(host)}: something else on this host listens there; give the forward another host port");
+    }
+
     private static byte[] RandomBytes(int length, int seed)
     {
         byte[] bytes = new byte[length];
