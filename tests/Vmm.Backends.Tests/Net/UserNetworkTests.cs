@@ -372,14 +372,15 @@ public sealed class UserNetworkTests : IDisposable
     }
 
     [Fact]
-    public void Forward_PortTaken_SaysSoInOneLine()
+    public void Forward_PortTaken_SaysSoInOneLineAndWhatToDo()
     {
         using TcpListener host = Listen();
         Action make = () => MakeGuest(o => o with
         {
             Forwards = [new PortForward(false, IPAddress.Loopback, PortOf(host), 22)],
         });
-        make.Should().Throw<HostException>().Which.Message.Should().StartWith("listen on tcp 127.0.0.1:");
+        make.Should().Throw<HostException>().WithMessage(
+            $"forward: tcp 127.0.0.1:{PortOf(host)}: something else on this host listens there; give the forward another host port");
     }
 
     [Fact]
@@ -552,15 +553,6 @@ public sealed class UserNetworkTests : IDisposable
 
         guest.Send(s_broadcast, 0x0806, guest.Arp(s_gateway));
         guest.Wait(f => f[12] == 8 && f[13] == 6).Should().NotBeEmpty("it still works");
-    }
-
-    [Fact]
-    public void Forward_OnAPortInUse_SaysWhatIsWrongAndWhatToDo()
-    {
-        using TcpListener host = Listen();
-        Action make = () => Make(o => o with { Forwards = [new PortForward(false, IPAddress.Loopback, PortOf(host), 22)] });
-        make.Should().Throw<HostException>().WithMessage(
-            $"forward: tcp 127.0.0.1:{PortOf(host)}: something else on this host listens there; give the forward another host port");
     }
 
     private static byte[] RandomBytes(int length, int seed)
