@@ -25,11 +25,10 @@ public sealed class LockStepBootTests(ITestOutputHelper output)
     [MemberData(nameof(Models))]
     public void DebianKernel_TranslatedAndInterpreted_IsTheSameAtEachStop(string model)
     {
-        string? initrd = Environment.GetEnvironmentVariable("LOCKSTEP_INITRD");
-        string? says = Environment.GetEnvironmentVariable("LOCKSTEP_SAYS");
+        string? initrd = Variable("INITRD");
+        string? says = Variable("SAYS");
         bool isWhole = initrd is not null;
-        bool hasEnd = long.TryParse(
-            Environment.GetEnvironmentVariable("LOCKSTEP_END"), CultureInfo.InvariantCulture, out long endNs);
+        bool hasEnd = long.TryParse(Variable("END"), CultureInfo.InvariantCulture, out long endNs);
         endNs = hasEnd ? endNs : isWhole ? WholeEndNs : EndNs;
         var spec = new MachineSpec
         {
@@ -38,7 +37,7 @@ public sealed class LockStepBootTests(ITestOutputHelper output)
             Cpus = new CpuSpec { Model = model },
             Boot = new BootSpec
             {
-                Kernel = CloudKernelTheoryAttribute.Kernel,
+                Kernel = Variable("KERNEL") ?? CloudKernelTheoryAttribute.Kernel,
                 Initrd = initrd,
                 Cmdline = "console=ttyS0 panic=-1 nokaslr",
             },
@@ -64,7 +63,11 @@ public sealed class LockStepBootTests(ITestOutputHelper output)
     /// <summary>The processors that are offered.</summary>
     public static TheoryData<string> Models()
     {
-        string models = Environment.GetEnvironmentVariable("LOCKSTEP_MODELS") ?? "x86-64-v3";
+        string models = Variable("MODELS") ?? "x86-64-v3";
         return [.. models.Split(' ', StringSplitOptions.RemoveEmptyEntries)];
     }
+
+    // What tests/guests/lockstep sets; empty is none.
+    private static string? Variable(string name) =>
+        Environment.GetEnvironmentVariable("LOCKSTEP_" + name) is { Length: > 0 } value ? value : null;
 }
