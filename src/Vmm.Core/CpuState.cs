@@ -131,7 +131,7 @@ public sealed class CpuState
     public byte[] Xsave { get; } = new byte[XsaveAreaBytes];
 
     /// <summary>MSRs without a field above, by index: STAR, LSTAR, SYSENTER_*, PAT, TSC, TSC_AUX, MTRRs, ...</summary>
-    public SortedDictionary<uint, ulong> Msrs { get; } = [];
+    public SortedList<uint, ulong> Msrs { get; } = [];
 
     /// <summary>Running, halted or waiting to be started.</summary>
     public ActivityState Activity { get; set; }

@@ -54,8 +54,9 @@ public sealed unsafe partial class SoftVcpu
         BitConverter.TryWriteBytes(state.Xsave.AsSpan(512), XsaveState.InUse(cpu) | (cpu->Pkru != 0 ? PkruComponent : 0));
         state.Xsave.AsSpan(520, 56).Clear();
         state.Msrs.Clear();
-        foreach (uint index in Msrs.Saved)
+        for (int i = 0; i < Msrs.Saved.Count; i++)
         {
+            uint index = Msrs.Saved[i];
             if (Msrs.TryReadSaved(this, index, out ulong value))
             {
                 state.Msrs[index] = value;
@@ -118,9 +119,9 @@ public sealed unsafe partial class SoftVcpu
         ulong present = cpu->XstateBv;
         cpu->Pkru = (present & PkruComponent) != 0 ? BitConverter.ToUInt32(state.Xsave, CpuState.PkruOffset) : 0;
         XsaveState.Normalise(cpu, present);
-        foreach ((uint index, ulong value) in state.Msrs)
+        for (int i = 0; i < state.Msrs.Count; i++)
         {
-            Msrs.WriteSaved(this, index, value);
+            Msrs.WriteSaved(this, state.Msrs.GetKeyAtIndex(i), state.Msrs.GetValueAtIndex(i));
         }
 
         cpu->Activity = (int)state.Activity;

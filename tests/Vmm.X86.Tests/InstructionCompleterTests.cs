@@ -38,6 +38,24 @@ public sealed class InstructionCompleterTests : IDisposable
         BitConverter.ToUInt64(stored).Should().Be(7);
     }
 
+    [Fact]
+    public void Complete_Again_AllocatesNothing()
+    {
+        CpuState state = Start([0xF0, 0x48, 0x0F, 0xC7, 0x0F]);
+        using InstructionCompleter completer = Make(null);
+        completer.Complete(state);
+        state.Rip = CodeAddress;
+        completer.Complete(state);
+        long before = GC.GetAllocatedBytesForCurrentThread();
+        for (int i = 0; i < 100; i++)
+        {
+            state.Rip = CodeAddress;
+            completer.Complete(state);
+        }
+
+        (GC.GetAllocatedBytesForCurrentThread() - before).Should().Be(0);
+    }
+
     // A hypervisor that does not trap CPUID shows the guest more than it was told to.
     [Fact]
     public void Instruction_ThatCpuidHides_IsExecuted()
