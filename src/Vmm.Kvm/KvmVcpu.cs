@@ -31,6 +31,8 @@ namespace Vmm.Kvm;
 /// <summary>A virtual processor of a KVM virtual machine.</summary>
 internal sealed unsafe class KvmVcpu : IVcpu, INmiPin
 {
+    private const ulong InterruptFlag = 1 << 9;
+
     private readonly Lock _kickGate = new();
     private readonly SafeFileHandle _file;
     private readonly int _fd;
@@ -108,10 +110,15 @@ internal sealed unsafe class KvmVcpu : IVcpu, INmiPin
         if (_isUserIrqchip)
         {
             _activity = state.Activity;
+            if (_activity == ActivityState.Halted)
+            {
+                // The run page speaks of the last exit. A processor that comes halted and has not run here has had none,
+                // and without this would look as if nothing could wake it.
+                _run->if_flag = (state.Rflags & InterruptFlag) != 0 ? (byte)1 : (byte)0;
+            }
         }
 
         WritePort(state);
-        ForgetReadiness(state);
     }
 
     /// <inheritdoc/>
@@ -128,17 +135,6 @@ internal sealed unsafe class KvmVcpu : IVcpu, INmiPin
         ArgumentNullException.ThrowIfNull(state);
         _access.WriteRegisters(state);
         WritePort(state);
-        ForgetReadiness(state);
-    }
-
-    // The run page's word on interrupts is about the registers that were. A halted processor whose state is written
-    // before its first KVM_RUN would look as if nothing could wake it; and an interrupt queued for the old registers
-    // would be lost when KVM loads the new ones. So the flag follows the state, and KVM is asked for the window anew.
-    private void ForgetReadiness(CpuState state)
-    {
-        const ulong InterruptFlag = 1 << 9;
-        _run->if_flag = (state.Rflags & InterruptFlag) != 0 ? (byte)1 : (byte)0;
-        _run->ready_for_interrupt_injection = 0;
     }
 
     /// <inheritdoc/>

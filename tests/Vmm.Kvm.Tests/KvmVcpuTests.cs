@@ -511,7 +511,6 @@ public sealed class KvmVcpuTests
         port.Raise(0x40);
         machine.Run(out exit).Should().Be(ExitKind.Halted);
         machine.PortLog.Writes.Should().HaveCount(1, "the interrupt ended the halt");
-        exit.InterruptsMasked.Should().BeFalse();
 
         state.Rflags &= ~0x200UL;
         machine.Cpu.WriteState(state);
