@@ -499,7 +499,7 @@ public sealed class KvmVcpuTests
         var port = new FakeInterruptPort();
         using var machine = new TestMachine(port: port);
         machine.SetVector(0x40, 0x2000);
-        machine.Load([0xF4]);                       // what follows the saved HLT: hlt
+        machine.Load([0xF4, 0xF4]);                 // what follows the saved HLT: hlt; hlt
         machine.Load([0xE6, 0x10, 0xCF], 0x2000);   // out 0x10, al; iret
         var state = new CpuState();
         machine.Cpu.ReadState(state);
@@ -511,6 +511,7 @@ public sealed class KvmVcpuTests
         port.Raise(0x40);
         machine.Run(out exit).Should().Be(ExitKind.Halted);
         machine.PortLog.Writes.Should().HaveCount(1, "the interrupt ended the halt");
+        exit.InterruptsMasked.Should().BeFalse("IRET brought the flag back");
 
         state.Rflags &= ~0x200UL;
         machine.Cpu.WriteState(state);
