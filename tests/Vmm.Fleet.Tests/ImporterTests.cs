@@ -137,6 +137,37 @@ public sealed class ImporterTests
     }
 
     [Fact]
+    public void Qemu_MultibootModules_AreCarriedOverWithTheirArguments()
+    {
+        (MachineSpec spec, _) = One("qemu", "qemu -kernel gnumach -initrd 'fs.static --readonly $(a),exec.static' -append root=hd0");
+
+        spec.Boot.Cmdline.Should().Be("root=hd0");
+        spec.Boot.Initrd.Should().BeNull();
+        spec.Boot.Modules.Should().Equal(
+            new BootModuleSpec { Path = "/vm/fs.static", Cmdline = "fs.static --readonly $(a)" },
+            new BootModuleSpec { Path = "/vm/exec.static", Cmdline = "exec.static" });
+    }
+
+    [Theory]
+    [InlineData("qemu -m ''", "-m is followed by no size")]
+    [InlineData("qemu -m ,slots=2", "-m is followed by no size")]
+    [InlineData("qemu -kernel", "-kernel is followed by nothing")]
+    public void Qemu_OptionWithoutItsValue_IsSaid(string text, string message) =>
+        ((Action)(() => One("qemu", text))).Should().Throw<FormatException>().WithMessage(message);
+
+    [Fact]
+    public void Qemu_OptionsThatHaveNoPlace_AreListedWithTheirValues()
+    {
+        (MachineSpec spec, IReadOnlyList<string> lost) = One(
+            "qemu", "qemu -usb -cpu host -M q35 -device usb-tablet -net socket,listen=:1 -netdev tap,ifname=tap3 -nographic");
+
+        lost.Should().Equal(
+            "-usb: not carried over", "-cpu host: not carried over", "-M q35: not carried over", "-device usb-tablet: not carried over",
+            "-net socket,listen=:1: not known here");
+        spec.Nics.Single().Target.Should().Be("tap3");
+    }
+
+    [Fact]
     public void Garbage_IsAFormatErrorAndNothingElse()
     {
         string[] texts = [VmBhyve, VmConf, Vmadm, Libvirt, Qemu];

@@ -2,158 +2,233 @@
 using System;
 using System.Collections.Generic;
 using System.Globalization;
+using System.Text;
 using Vmm.Config;
 
 namespace Vmm.Fleet.Import;
 
-/// <summary>A command line of qemu-system-x86_64.</summary>
-internal static class QemuImport
+/// <summary>A command line of qemu-system-x86_64. Options come one after the other; most are followed by their value.</summary>
+internal sealed class QemuImport
 {
+    private readonly List<string> _words;
+    private readonly ImportDraft _vm;
+    private int _at;
+    private string? _kernel;
+    private string? _initrd;
+    private string? _append;
+
+    private QemuImport(List<string> words, ImportDraft vm)
+    {
+        _words = words;
+        _vm = vm;
+    }
+
     internal static ImportedVm Read(string text, string name)
     {
         List<string> words = ShellWords.Split(text.Replace("\\\n", " ", StringComparison.Ordinal), splitEquals: false);
-        var vm = new ImportDraft(name);
-        string? kernel = null;
-        string? initrd = null;
-        string? append = null;
-        for (int i = 0; i < words.Count; i++)
+        var import = new QemuImport(words, new ImportDraft(name));
+        for (; import._at < words.Count; import._at++)
         {
-            string word = words[i];
-            if (word.Length == 0 || word[0] != '-')
+            string word = words[import._at];
+            if (word.StartsWith('-'))
             {
-                if (i > 0)
-                {
-                    vm.Item("disks", $"path: {SpecWriter.Quote(word)}, bus: ide");
-                }
-
-                continue;
+                import.ReadOption(word);
             }
-
-            string Value() => i + 1 < words.Count ? words[++i] : throw new FormatException($"{word} is followed by nothing");
-            switch (word.TrimStart('-'))
+            else if (import._at > 0)
             {
-                case "name":
-                    vm.Name = Value().Split(',')[0].Replace("guest=", string.Empty, StringComparison.Ordinal);
-                    break;
-                case "m":
-                    string memory = Value().Split(',')[0].Replace("size=", string.Empty, StringComparison.Ordinal);
-                    vm.Size("memory", char.IsAsciiDigit(memory[^1]) ? memory + "M" : memory);
-                    break;
-                case "smp":
-                    vm.Cpus(Value().Split(',')[0].Replace("cpus=", string.Empty, StringComparison.Ordinal), null, null);
-                    break;
-                case "enable-kvm":
-                    vm.Line("accel: [kvm, soft]");
-                    break;
-                case "accel":
-                    vm.Line(Value().StartsWith("kvm", StringComparison.Ordinal) ? "accel: [kvm, soft]" : "accel: soft");
-                    break;
-                case "kernel":
-                    kernel = Value();
-                    break;
-                case "initrd":
-                    initrd = Value();
-                    break;
-                case "append":
-                    append = Value();
-                    break;
-                case "hda" or "hdb" or "hdc" or "hdd":
-                    vm.Item("disks", $"path: {SpecWriter.Quote(Value())}, bus: ide");
-                    break;
-                case "fda" or "fdb":
-                    vm.Item("disks", $"path: {SpecWriter.Quote(Value())}, bus: floppy");
-                    break;
-                case "cdrom":
-                    vm.Item("disks", $"path: {SpecWriter.Quote(Value())}, bus: cdrom");
-                    break;
-                case "drive":
-                    ReadDrive(Value(), vm);
-                    break;
-                case "bios":
-                    vm.Line($"boot: {{firmware: {SpecWriter.Quote(Value())}}}");
-                    break;
-                case "nic" or "netdev" or "net":
-                    string net = Value();
-                    if (net.StartsWith("user", StringComparison.Ordinal))
-                    {
-                        vm.Item("nics", "backend: user");
-                    }
-                    else if (net.StartsWith("tap", StringComparison.Ordinal) && Option(net, "ifname") is { } tap)
-                    {
-                        vm.Item("nics", $"backend: \"tap:{tap}\"");
-                    }
-                    else if (net is not "none" && !net.StartsWith("nic", StringComparison.Ordinal))
-                    {
-                        vm.Lose($"{word} {net}: not known here");
-                    }
-
-                    break;
-                case "vga":
-                    vm.Display("vga: " + Value() switch { "vmware" => "vmware", "virtio" => "virtio", "none" => "none", _ => "std" });
-                    break;
-                case "vnc":
-                    string vnc = Value();
-                    int colon = vnc.LastIndexOf(':');
-                    bool isNumber = int.TryParse(vnc.AsSpan(colon + 1), NumberStyles.None, CultureInfo.InvariantCulture, out int display);
-                    vm.Display(isNumber ? $"vnc: \"127.0.0.1:{5900 + display}\"" : $"vnc: {SpecWriter.Quote(vnc)}");
-                    break;
-                case "rtc":
-                    if (Value().Contains("localtime", StringComparison.Ordinal))
-                    {
-                        vm.Line("clock: {localtime: true}");
-                    }
-
-                    break;
-                case "uuid":
-                    vm.Text("uuid", Value());
-                    break;
-                case "device" when i + 1 < words.Count && words[i + 1].StartsWith("virtio-rng", StringComparison.Ordinal):
-                    Value();
-                    vm.Line("rng: true");
-                    break;
-                case "device" when i + 1 < words.Count && words[i + 1].StartsWith("virtio-balloon", StringComparison.Ordinal):
-                    Value();
-                    vm.Line("balloon: true");
-                    break;
-                case "device" when i + 1 < words.Count && words[i + 1].StartsWith("virtio-net", StringComparison.Ordinal):
-                    Value();
-                    break;
-                case "device" when i + 1 < words.Count && words[i + 1].StartsWith("isa-debug-exit", StringComparison.Ordinal):
-                    vm.Line("debug-exit: " + (Option(Value(), "iobase") ?? "0x501"));
-                    break;
-                case "nographic" or "daemonize" or "no-reboot" or "nodefaults":
-                    break;
-                case "cpu" or "machine" or "M" or "serial" or "display" or "monitor" or "boot" or "usb" or "device" or "object" or "chardev" or "qmp":
-                    bool hasValue = i + 1 < words.Count && !words[i + 1].StartsWith('-');
-                    string value = hasValue ? Value() : string.Empty;
-                    if (word is "-machine" or "-M" && value.Contains("accel=kvm", StringComparison.Ordinal))
-                    {
-                        vm.Line("accel: [kvm, soft]");
-                    }
-                    else
-                    {
-                        vm.Lose($"{word} {value}".TrimEnd() + ": not carried over");
-                    }
-
-                    break;
-                default:
-                    bool valued = i + 1 < words.Count && !words[i + 1].StartsWith('-');
-                    vm.Lose($"{word}{(valued ? " " + Value() : string.Empty)}: not known here");
-                    break;
+                import.AddDisk(word, "ide");
             }
         }
 
-        if (kernel is not null)
-        {
-            vm.Line("boot: {kernel: " + SpecWriter.Quote(kernel)
-                + (initrd is null ? string.Empty : ", initrd: " + SpecWriter.Quote(initrd))
-                + (append is null ? string.Empty : ", cmdline: " + SpecWriter.Quote(append)) + "}");
-        }
-
-        return vm.Finish(null);
+        import.WriteBoot();
+        return import._vm.Finish(null);
     }
 
-    private static void ReadDrive(string options, ImportDraft vm)
+    private void ReadOption(string word)
+    {
+        switch (word.TrimStart('-'))
+        {
+            case "name":
+                _vm.Name = First(Value()).Replace("guest=", string.Empty, StringComparison.Ordinal);
+                break;
+            case "m":
+                ReadMemory(First(Value()).Replace("size=", string.Empty, StringComparison.Ordinal));
+                break;
+            case "smp":
+                _vm.Cpus(First(Value()).Replace("cpus=", string.Empty, StringComparison.Ordinal), null, null);
+                break;
+            case "enable-kvm":
+                _vm.Line("accel: [kvm, soft]");
+                break;
+            case "accel":
+                _vm.Line(Value().StartsWith("kvm", StringComparison.Ordinal) ? "accel: [kvm, soft]" : "accel: soft");
+                break;
+            case "kernel":
+                _kernel = Value();
+                break;
+            case "initrd":
+                _initrd = Value();
+                break;
+            case "append":
+                _append = Value();
+                break;
+            case "hda" or "hdb" or "hdc" or "hdd":
+                AddDisk(Value(), "ide");
+                break;
+            case "fda" or "fdb":
+                AddDisk(Value(), "floppy");
+                break;
+            case "cdrom":
+                AddDisk(Value(), "cdrom");
+                break;
+            case "drive":
+                ReadDrive(Value());
+                break;
+            case "bios":
+                _vm.Line($"boot: {{firmware: {SpecWriter.Quote(Value())}}}");
+                break;
+            case "nic" or "netdev" or "net":
+                ReadNetwork(word, Value());
+                break;
+            case "vga":
+                _vm.Display("vga: " + Value() switch { "vmware" => "vmware", "virtio" => "virtio", "none" => "none", _ => "std" });
+                break;
+            case "vnc":
+                ReadVnc(Value());
+                break;
+            case "rtc":
+                if (Value().Contains("localtime", StringComparison.Ordinal))
+                {
+                    _vm.Line("clock: {localtime: true}");
+                }
+
+                break;
+            case "uuid":
+                _vm.Text("uuid", Value());
+                break;
+            case "device":
+                ReadDevice(word, Value());
+                break;
+            case "nographic" or "daemonize" or "no-reboot" or "nodefaults":
+                break;
+            case "machine" or "M":
+                ReadMachine(word, Value());
+                break;
+            case "cpu" or "serial" or "display" or "monitor" or "boot" or "usb" or "object" or "chardev" or "qmp":
+                Lose(word, "not carried over");
+                break;
+            default:
+                Lose(word, "not known here");
+                break;
+        }
+    }
+
+    private string Value() =>
+        _at + 1 < _words.Count ? _words[++_at] : throw new FormatException($"{_words[_at]} is followed by nothing");
+
+    // An option that says nothing here may have a value or none; what starts with a dash is the next option.
+    private void Lose(string word, string why)
+    {
+        bool hasValue = _at + 1 < _words.Count && !_words[_at + 1].StartsWith('-');
+        _vm.Lose($"{(hasValue ? $"{word} {Value()}" : word)}: {why}");
+    }
+
+    private void ReadMemory(string size)
+    {
+        if (size.Length == 0)
+        {
+            throw new FormatException("-m is followed by no size");
+        }
+
+        _vm.Size("memory", char.IsAsciiDigit(size[^1]) ? size + "M" : size);
+    }
+
+    private void ReadMachine(string word, string value)
+    {
+        if (value.Contains("accel=kvm", StringComparison.Ordinal))
+        {
+            _vm.Line("accel: [kvm, soft]");
+        }
+        else
+        {
+            _vm.Lose($"{word} {value}: not carried over");
+        }
+    }
+
+    private void ReadNetwork(string word, string options)
+    {
+        if (options.StartsWith("user", StringComparison.Ordinal))
+        {
+            _vm.Item("nics", "backend: user");
+        }
+        else if (options.StartsWith("tap", StringComparison.Ordinal) && Option(options, "ifname") is { } tap)
+        {
+            _vm.Item("nics", $"backend: {SpecWriter.Quote("tap:" + tap)}");
+        }
+        else if (options is not "none" && !options.StartsWith("nic", StringComparison.Ordinal))
+        {
+            _vm.Lose($"{word} {options}: not known here");
+        }
+    }
+
+    private void ReadVnc(string address)
+    {
+        ReadOnlySpan<char> number = address.AsSpan(address.LastIndexOf(':') + 1);
+        bool isNumber = ushort.TryParse(number, NumberStyles.None, CultureInfo.InvariantCulture, out ushort display);
+        _vm.Display("vnc: " + SpecWriter.Quote(isNumber ? $"127.0.0.1:{5900 + display}" : address));
+    }
+
+    private void ReadDevice(string word, string device)
+    {
+        if (device.StartsWith("virtio-rng", StringComparison.Ordinal))
+        {
+            _vm.Line("rng: true");
+        }
+        else if (device.StartsWith("virtio-balloon", StringComparison.Ordinal))
+        {
+            _vm.Line("balloon: true");
+        }
+        else if (device.StartsWith("isa-debug-exit", StringComparison.Ordinal))
+        {
+            _vm.Line("debug-exit: " + (Option(device, "iobase") ?? "0x501"));
+        }
+        else if (!device.StartsWith("virtio-net", StringComparison.Ordinal))
+        {
+            _vm.Lose($"{word} {device}: not carried over");
+        }
+    }
+
+    private void WriteBoot()
+    {
+        if (_kernel is null)
+        {
+            return;
+        }
+
+        var boot = new StringBuilder("boot: {kernel: " + SpecWriter.Quote(_kernel));
+        if (_initrd is not null && _initrd.AsSpan().ContainsAny(',', ' '))
+        {
+            // Modules of a multiboot kernel: "FILE ARGUMENTS,FILE ARGUMENTS"; the kernel finds the file's name before its arguments.
+            var modules = new List<string>();
+            foreach (string module in _initrd.Split(',', StringSplitOptions.RemoveEmptyEntries))
+            {
+                modules.Add($"{{path: {SpecWriter.Quote(module.Split(' ')[0])}, cmdline: {SpecWriter.Quote(module)}}}");
+            }
+
+            boot.Append(", modules: [").AppendJoin(", ", modules).Append(']');
+        }
+        else if (_initrd is not null)
+        {
+            boot.Append(", initrd: ").Append(SpecWriter.Quote(_initrd));
+        }
+
+        boot.Append(_append is null ? string.Empty : ", cmdline: " + SpecWriter.Quote(_append));
+        _vm.Line(boot.Append('}').ToString());
+    }
+
+    private void AddDisk(string path, string bus) => _vm.Item("disks", $"path: {SpecWriter.Quote(path)}, bus: {bus}");
+
+    private void ReadDrive(string options)
     {
         string? file = Option(options, "file");
         string bus = Option(options, "media") is "cdrom" ? "cdrom" : Option(options, "if") switch
@@ -165,20 +240,22 @@ internal static class QemuImport
         };
         if (bus is "pflash")
         {
-            vm.Line("boot: {firmware: uefi}");
-            vm.Lose($"-drive {options}: the firmware's flash is made by itself");
+            _vm.Line("boot: {firmware: uefi}");
+            _vm.Lose($"-drive {options}: the firmware's flash is made by itself");
             return;
         }
 
         if (file is null)
         {
-            vm.Lose($"-drive {options}: has no file");
+            _vm.Lose($"-drive {options}: has no file");
             return;
         }
 
         string format = Option(options, "format") is { } given and ("raw" or "qcow2") ? $", format: {given}" : string.Empty;
-        vm.Item("disks", $"path: {SpecWriter.Quote(file)}, bus: {bus}{format}");
+        _vm.Item("disks", $"path: {SpecWriter.Quote(file)}, bus: {bus}{format}");
     }
+
+    private static string First(string options) => options.Split(',')[0];
 
     private static string? Option(string options, string name)
     {
