@@ -21,12 +21,19 @@ public static class HostCheck
         var errors = new List<Diagnostic>();
         long kernel = CheckFile(spec, "boot.kernel", spec.Boot.Kernel, errors);
         long initrd = CheckFile(spec, "boot.initrd", spec.Boot.Initrd, errors);
-        if (kernel + initrd > spec.MemoryBytes)
+        long modules = 0;
+        for (int i = 0; i < spec.Boot.Modules.Count; i++)
         {
-            string key = initrd > kernel ? "boot.initrd" : "boot.kernel";
+            modules += CheckFile(spec, $"boot.modules[{i}].path", spec.Boot.Modules[i].Path, errors);
+        }
+
+        if (kernel + initrd + modules > spec.MemoryBytes)
+        {
+            (string key, string what) = modules > 0 ? ("boot.modules", "modules") : ("boot.initrd", "initrd");
             errors.Add(new Diagnostic(
-                spec.Source.Find(key),
-                $"kernel and initrd take {Megabytes(kernel + initrd)} MiB; \"memory\" is {Quantity.FormatSize(spec.MemoryBytes)}"));
+                spec.Source.Find(kernel > initrd + modules ? "boot.kernel" : key),
+                $"kernel and {what} take {Megabytes(kernel + initrd + modules)} MiB; "
+                    + $"\"memory\" is {Quantity.FormatSize(spec.MemoryBytes)}"));
         }
 
         if (spec.Boot.Firmware is { } firmware && Path.IsPathRooted(firmware))

@@ -12,6 +12,7 @@ namespace Vmm.Config;
 internal static class MachineParser
 {
     private const int MaxDisks = 64;
+    private const int MaxCommandLine = 2047;
     private const int MaxNics = 32;
 
     internal static MachineSpec Parse(ParseContext context, YamlNode node)
@@ -212,7 +213,8 @@ internal static class MachineParser
 
         string? kernel = boot.FilePath("kernel");
         string? initrd = boot.FilePath("initrd");
-        string? cmdline = boot.Text("cmdline", 2047);
+        string? cmdline = boot.Text("cmdline", MaxCommandLine);
+        List<BootModuleSpec> modules = BootModules(boot);
         string? vars = boot.FilePath("vars");
         bool menu = boot.Flag("menu", false);
         string? firmware = null;
@@ -239,9 +241,14 @@ internal static class MachineParser
             map.Context.Error(boot.At, "\"boot\" has both \"kernel\" and \"firmware\"; keep one");
         }
 
+        if (boot.Has("initrd") && boot.Has("modules"))
+        {
+            map.Context.Error(boot.Take("initrd")!.At, "\"boot\" has both \"initrd\" and \"modules\"; put the initrd into \"modules\"");
+        }
+
         if (!boot.Has("kernel"))
         {
-            foreach (string key in new[] { "initrd", "cmdline" })
+            foreach (string key in new[] { "initrd", "cmdline", "modules" })
             {
                 if (boot.Has(key))
                 {
@@ -266,11 +273,49 @@ internal static class MachineParser
             Kernel = kernel,
             Initrd = initrd,
             Cmdline = cmdline ?? string.Empty,
+            Modules = modules,
             Firmware = kernel is null ? firmware ?? "seabios" : null,
             Vars = vars,
             Menu = menu,
         };
         return order.Count == 0 ? result : result with { Order = order };
+    }
+
+    private static List<BootModuleSpec> BootModules(MapReader boot)
+    {
+        var result = new List<BootModuleSpec>();
+        foreach ((YamlNode item, string path) in boot.List("modules", BootSpec.MaxModules))
+        {
+            if (item.Kind == YamlKind.Scalar)
+            {
+                if (boot.FilePathOf(item, boot.TextOf(item, "modules"), "modules") is { } alone)
+                {
+                    result.Add(new BootModuleSpec { Path = alone });
+                }
+
+                continue;
+            }
+
+            if (boot.MapOf(item, path, "modules", "{path: ext2fs.static, cmdline: \"ext2fs --readonly\"}") is not { } module)
+            {
+                continue;
+            }
+
+            string? file = module.FilePath("path");
+            string? cmdline = module.Text("cmdline", MaxCommandLine);
+            if (!module.Has("path"))
+            {
+                boot.Context.Error(item.At, "a module of \"boot\" needs a \"path\"");
+            }
+
+            module.Finish();
+            if (file is not null)
+            {
+                result.Add(new BootModuleSpec { Path = file, Cmdline = cmdline ?? string.Empty });
+            }
+        }
+
+        return result;
     }
 
     private static List<DiskSpec> Disks(MapReader map)

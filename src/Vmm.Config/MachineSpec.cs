@@ -54,6 +54,9 @@ public sealed record CpuSpec
 /// <summary>What the VM starts from (<c>boot:</c>): a kernel or firmware, never both.</summary>
 public sealed record BootSpec
 {
+    /// <summary>Most entries of <see cref="Modules"/>.</summary>
+    public const int MaxModules = 16;
+
     /// <summary>Kernel file (bzImage, ELF with a PVH note, multiboot), or null to boot firmware.</summary>
     public string? Kernel { get; init; }
 
@@ -62,6 +65,9 @@ public sealed record BootSpec
 
     /// <summary>Kernel command line.</summary>
     public string Cmdline { get; init; } = string.Empty;
+
+    /// <summary>What a multiboot kernel is given beside its command line, in this order; never together with <see cref="Initrd"/>.</summary>
+    public IReadOnlyList<BootModuleSpec> Modules { get; init; } = [];
 
     /// <summary><c>seabios</c>, <c>uefi</c>, or an absolute path; null when <see cref="Kernel"/> is set.</summary>
     public string? Firmware { get; init; }
@@ -74,6 +80,16 @@ public sealed record BootSpec
 
     /// <summary>Firmware offers its boot menu.</summary>
     public bool Menu { get; init; }
+}
+
+/// <summary>A file that is loaded beside a multiboot kernel (<c>boot.modules:</c>).</summary>
+public sealed record BootModuleSpec
+{
+    /// <summary>The file, absolute.</summary>
+    public required string Path { get; init; }
+
+    /// <summary>The text that the kernel finds with it, as it stands; empty when it needs none.</summary>
+    public string Cmdline { get; init; } = string.Empty;
 }
 
 /// <summary>What firmware can boot from.</summary>

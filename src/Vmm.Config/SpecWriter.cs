@@ -178,6 +178,11 @@ public static class SpecWriter
             map.Text("kernel", boot.Kernel);
             map.Text("initrd", boot.Initrd);
             map.Text("cmdline", boot.Cmdline.Length == 0 ? null : boot.Cmdline);
+            map.Maps("modules", boot.Modules, static (inner, module) =>
+            {
+                inner.Text("path", module.Path);
+                inner.Text("cmdline", module.Cmdline.Length == 0 ? null : module.Cmdline);
+            });
             map.Text("firmware", boot.Firmware is "seabios" ? null : boot.Firmware);
             map.Text("vars", boot.Vars);
             var order = new List<string>();

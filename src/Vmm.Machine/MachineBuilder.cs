@@ -378,8 +378,8 @@ public sealed class MachineBuilder : IDisposable
         {
             PciAllocator.Assign(bus, (uint)MemoryLayout.HoleStart, 0xFEC00000);
             ulong rsdp = MachineTables.Write(parts, _spec, bus);
-            string protocol = DirectBoot.Load(
-                new DirectBootRequest(kernel, _spec.Boot.Initrd, _spec.Boot.Cmdline), _memory, _layout, rsdp, state);
+            var request = new DirectBootRequest(kernel, _spec.Boot.Initrd, _spec.Boot.Cmdline) { Modules = _spec.Boot.Modules };
+            string protocol = DirectBoot.Load(request, _memory, _layout, rsdp, state);
             if (string.Equals(protocol, DirectBoot.Multiboot, StringComparison.Ordinal))
             {
                 BiosRemains.Leave(_memory, _ports);

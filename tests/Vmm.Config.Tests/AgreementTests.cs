@@ -19,7 +19,7 @@ public sealed class AgreementTests
     {
         FleetSpec fleet = ConfigFiles.LoadFile(Path.Combine(s_config, "sample.yaml"));
 
-        fleet.Machines.Select(m => m.Name).Should().Equal("web1", "db1", "old");
+        fleet.Machines.Select(m => m.Name).Should().Equal("web1", "db1", "old", "hurd");
         fleet.StartParallel.Should().Be(2);
         fleet.StartDelay.Should().Be(TimeSpan.FromMilliseconds(500));
         fleet.Machines[1].MemoryBytes.Should().Be(64L << 20);
@@ -95,25 +95,31 @@ public sealed class AgreementTests
         using JsonDocument schema = JsonDocument.Parse(File.ReadAllText(Path.Combine(s_config, "vmm.schema.json")));
         var keys = new SortedSet<string>(StringComparer.Ordinal);
         JsonElement definitions = schema.RootElement.GetProperty("$defs");
-        Walk(definitions.GetProperty("machine"), string.Empty, keys);
-        Walk(definitions.GetProperty("fleet"), "fleet:", keys);
+        Walk(definitions, definitions.GetProperty("machine"), string.Empty, keys);
+        Walk(definitions, definitions.GetProperty("fleet"), "fleet:", keys);
         return keys;
     }
 
-    // Follows properties, alternatives and items; "disks" as a list gives disks[].path.
-    private static void Walk(JsonElement node, string path, SortedSet<string> keys)
+    // Follows properties, alternatives, items and references; "disks" as a list gives disks[].path.
+    private static void Walk(JsonElement definitions, JsonElement node, string path, SortedSet<string> keys)
     {
+        const string Definitions = "#/$defs/";
+        if (node.TryGetProperty("$ref", out JsonElement reference) && reference.GetString() is { } name && name != Definitions + "machine")
+        {
+            Walk(definitions, definitions.GetProperty(name[Definitions.Length..]), path, keys);
+        }
+
         if (node.TryGetProperty("oneOf", out JsonElement alternatives))
         {
             foreach (JsonElement alternative in alternatives.EnumerateArray())
             {
-                Walk(alternative, path, keys);
+                Walk(definitions, alternative, path, keys);
             }
         }
 
         if (node.TryGetProperty("items", out JsonElement items))
         {
-            Walk(items, path + "[]", keys);
+            Walk(definitions, items, path + "[]", keys);
         }
 
         if (!node.TryGetProperty("properties", out JsonElement properties))
@@ -122,7 +128,7 @@ public sealed class AgreementTests
         }
 
         // A list may also be given as its only item; its keys are the list's.
-        bool isLoneItem = path is "disks" or "nics" or "console" or "shares";
+        bool isLoneItem = path is "disks" or "nics" or "console" or "shares" or "boot.modules";
         if (isLoneItem)
         {
             return;
@@ -132,7 +138,7 @@ public sealed class AgreementTests
         {
             string key = path.Length == 0 || path[^1] == ':' ? path + property.Name : path + "." + property.Name;
             keys.Add(key);
-            Walk(property.Value, key, keys);
+            Walk(definitions, property.Value, key, keys);
         }
     }
 }

@@ -50,6 +50,31 @@ public sealed class HostCheckTests : IDisposable
             .EndWith($"{word}: no such file; did you mean \"{meant}\"?");
     }
 
+    [Fact]
+    public void BootModules_MissingOrTooLarge_AreNamedWithTheirLine()
+    {
+        using (FileStream large = File.Create(Path.Combine(_directory, "large")))
+        {
+            large.SetLength(5L << 30);
+        }
+
+        const string Definition = """
+            name: a
+            memory: 4G
+            boot:
+              kernel: kernel
+              modules:
+                - kernel
+                - {path: nowhere}
+                - large
+            """;
+        MachineSpec spec = ConfigFiles.Parse(Definition, "a.yaml", _directory).Machines[0];
+
+        HostCheck.Check(spec).Select(error => error.ToString()).Should().Equal(
+            $"a.yaml:7:14: {_directory}/nowhere: no such file",
+            "a.yaml:6:5: kernel and modules take 5121 MiB; \"memory\" is 4G");
+    }
+
     private string[] Errors(string line)
     {
         string definition = $"name: a\nboot: {{kernel: kernel}}\n{line}\n";

@@ -97,6 +97,11 @@ public sealed class MachineParserTests
     [InlineData("accel: [kvm, kvm]", 2, 14, "\"kvm\" is named twice")]
     [InlineData("boot: {kernel: a, firmware: uefi}", 2, 7, "\"boot\" has both \"kernel\" and \"firmware\"; keep one")]
     [InlineData("boot: {initrd: a}", 2, 16, "\"initrd\" needs a \"kernel\"")]
+    [InlineData("boot: {modules: [a]}", 2, 17, "\"modules\" needs a \"kernel\"")]
+    [InlineData("boot: {kernel: a, initrd: b, modules: c}", 2, 27, "\"boot\" has both \"initrd\" and \"modules\"; put the initrd into \"modules\"")]
+    [InlineData("boot: {kernel: a, modules: [{cmdline: b}]}", 2, 29, "a module of \"boot\" needs a \"path\"")]
+    [InlineData("boot: {kernel: a, modules: [{path: b, cmdlin: c}]}", 2, 39, "unknown key \"cmdlin\"; did you mean \"cmdline\"?")]
+    [InlineData("boot: {kernel: a, modules: [a,a,a,a,a,a,a,a,a,a,a,a,a,a,a,a,a]}", 2, 28, "\"modules\" has 17 entries; the most is 16")]
     [InlineData("boot: {kernel: a, menu: true}", 2, 25, "\"menu\" is for firmware; it has no effect with \"kernel\"")]
     [InlineData("boot: linux", 2, 7, "\"boot\" takes keys, for example {kernel: vmlinuz} or {firmware: seabios}, not \"linux\"")]
     [InlineData("disks: [{bus: ide}]", 2, 9, "a disk needs a \"path\" (only a cdrom or floppy drive may be empty)")]
@@ -124,6 +129,16 @@ public sealed class MachineParserTests
             error.At.Column.Should().Be(atColumn);
             error.ToString().Should().StartWith(string.Create(CultureInfo.InvariantCulture, $"t.yaml:{atLine}:{atColumn}: "));
         }
+    }
+
+    [Fact]
+    public void BootModules_PathsAloneAndInDetail_KeepTheirOrder()
+    {
+        MachineSpec spec = One("name: a\nboot: {kernel: k, modules: [ld.so, {path: ../fs, cmdline: \"fs ${root}\"}]}");
+
+        spec.Boot.Modules.Should().Equal(
+            new BootModuleSpec { Path = "/vm/ld.so" },
+            new BootModuleSpec { Path = "/fs", Cmdline = "fs ${root}" });
     }
 
     [Fact]

@@ -116,6 +116,11 @@ internal static class VmConfinement
             files.Allow(path is not null && Path.IsPathRooted(path) ? path : null, FileRights.Read);
         }
 
+        foreach (BootModuleSpec module in spec.Boot.Modules)
+        {
+            files.Allow(module.Path, FileRights.Read);
+        }
+
         files.Allow(spec.Boot.Vars, FileRights.Write);
         foreach (ShareSpec share in spec.Shares)
         {

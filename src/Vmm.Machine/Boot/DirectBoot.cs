@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
 using System.Buffers.Binary;
+using System.Collections.Generic;
 using System.Text;
+using Vmm.Config;
 using Vmm.Core;
 using Vmm.Memory;
 
@@ -21,14 +23,26 @@ internal static class LowMemory
     /// <summary>A flat GDT: null, unused, code, data.</summary>
     public const ulong Gdt = 0x1000;
 
+    /// <summary>Its size.</summary>
+    public const int GdtBytes = 32;
+
     /// <summary>Boot parameters, start info or multiboot information.</summary>
     public const ulong Parameters = 0x7000;
+
+    /// <summary>Room for them: the largest is Linux's zero page.</summary>
+    public const ulong ParameterBytes = 0x1000;
 
     /// <summary>Identity page tables: PML4, PDPT, four page directories.</summary>
     public const ulong PageTables = 0x9000;
 
-    /// <summary>Command line, up to 64 KiB.</summary>
+    /// <summary>Command line, up to <see cref="CommandLineBytes"/> with its zero.</summary>
     public const ulong CommandLine = 0x2_0000;
+
+    /// <summary>Room for the command line; as much again follows for those of modules.</summary>
+    public const uint CommandLineBytes = 0x1_0000;
+
+    /// <summary>Command lines of multiboot modules, one after the other.</summary>
+    public const ulong ModuleCommandLines = CommandLine + CommandLineBytes;
 
     /// <summary>Initial stack for protocols that want one.</summary>
     public const ulong StackTop = 0x8000;
@@ -36,9 +50,13 @@ internal static class LowMemory
 
 /// <summary>What to boot.</summary>
 /// <param name="KernelPath">Kernel image.</param>
-/// <param name="InitrdPath">Initial RAM disk or multiboot module.</param>
+/// <param name="InitrdPath">Initial RAM disk; for a multiboot kernel its only module, which gets the kernel's command line.</param>
 /// <param name="CommandLine">Command line.</param>
-public sealed record DirectBootRequest(string KernelPath, string? InitrdPath, string CommandLine);
+public sealed record DirectBootRequest(string KernelPath, string? InitrdPath, string CommandLine)
+{
+    /// <summary>Modules of a multiboot kernel; none when there is an initial RAM disk.</summary>
+    public IReadOnlyList<BootModuleSpec> Modules { get; init; } = [];
+}
 
 /// <summary>Loads a kernel into guest memory and prepares the boot processor.</summary>
 public static class DirectBoot
@@ -72,16 +90,22 @@ public static class DirectBoot
         using BootFile? initrd = request.InitrdPath is null ? null : BootFile.Open(request.InitrdPath, "initrd");
         byte[] head = kernel.ReadHead(HeadBytes);
         var target = new BootTarget(kernel, head, initrd, request.CommandLine, memory, layout, rsdpAddress, cpu);
-        if (LinuxLoader.Recognises(head))
+        bool isLinux = LinuxLoader.Recognises(head);
+        if (!isLinux && MultibootLoader.TryFindHeader(head, out int at))
+        {
+            MultibootLoader.Load(target, at, request.Modules);
+            return Multiboot;
+        }
+
+        if (request.Modules.Count > 0)
+        {
+            throw new BootException($"kernel {kernel.Path}: is not a multiboot kernel; it takes an initrd: and no modules:");
+        }
+
+        if (isLinux)
         {
             LinuxLoader.Load(target);
             return "bzImage";
-        }
-
-        if (MultibootLoader.TryFindHeader(head, out int at))
-        {
-            MultibootLoader.Load(target, at);
-            return Multiboot;
         }
 
         if (ElfFile.Recognises(head))
@@ -90,8 +114,9 @@ public static class DirectBoot
             return "PVH";
         }
 
+        string compressed = head is [0x1F, 0x8B, ..] ? "; it is compressed, decompress it with gunzip" : string.Empty;
         throw new BootException(
-            $"kernel {kernel.Path}: is neither a Linux bzImage, nor an ELF file with a PVH note, nor a multiboot 1 kernel");
+            $"kernel {kernel.Path}: is neither a Linux bzImage, nor an ELF file with a PVH note, nor a multiboot 1 kernel{compressed}");
     }
 }
 
@@ -135,14 +160,36 @@ internal sealed record BootTarget(
     /// <summary>True when the range lies in RAM below the hole.</summary>
     public bool FitsLow(ulong address, ulong lengthBytes) => address <= Layout.LowBytes && lengthBytes <= Layout.LowBytes - address;
 
+    /// <summary>True when a part of a kernel would lie under what the loader hands over or under the ACPI tables.</summary>
+    public static bool IsTaken(ulong address, ulong lengthBytes)
+    {
+        ReadOnlySpan<(ulong Start, ulong End)> taken =
+        [
+            (LowMemory.Gdt, LowMemory.Gdt + LowMemory.GdtBytes),
+            (LowMemory.Parameters, LowMemory.Parameters + LowMemory.ParameterBytes),
+            (LowMemory.CommandLine, LowMemory.ModuleCommandLines + LowMemory.CommandLineBytes),
+            (MemoryLayout.TablesStart, MemoryLayout.TablesEnd),
+        ];
+        foreach ((ulong start, ulong end) in taken)
+        {
+            if (lengthBytes != 0 && address < end && address + lengthBytes > start)
+            {
+                return true;
+            }
+        }
+
+        return false;
+    }
+
     /// <summary>Writes the command line with its terminating zero.</summary>
     /// <exception cref="BootException">It is longer than the kernel takes.</exception>
     public void WriteCommandLine(uint maximumBytes)
     {
         byte[] text = Encoding.UTF8.GetBytes(CommandLine);
-        if ((uint)text.Length > Math.Min(maximumBytes, 0xFFFF))
+        uint most = Math.Min(maximumBytes, LowMemory.CommandLineBytes - 1);
+        if ((uint)text.Length > most)
         {
-            throw new BootException($"cmdline: has {text.Length} bytes; this kernel takes at most {Math.Min(maximumBytes, 0xFFFF)}");
+            throw new BootException($"cmdline: has {text.Length} bytes; this kernel takes at most {most}");
         }
 
         Write(LowMemory.CommandLine, text);
@@ -177,13 +224,13 @@ internal sealed record BootTarget(
     /// <summary>Writes the flat GDT and loads the segment registers: CS 0x10, others 0x18.</summary>
     public void SetFlatSegments(bool longMode)
     {
-        Span<byte> gdt = stackalloc byte[32];
+        Span<byte> gdt = stackalloc byte[LowMemory.GdtBytes];
         gdt.Clear();
         BinaryPrimitives.WriteUInt64LittleEndian(gdt[16..], longMode ? 0x00AF9B000000FFFFUL : 0x00CF9B000000FFFFUL);
         BinaryPrimitives.WriteUInt64LittleEndian(gdt[24..], 0x00CF93000000FFFFUL);
         Write(LowMemory.Gdt, gdt);
         Cpu.GdtBase = LowMemory.Gdt;
-        Cpu.GdtLimit = 31;
+        Cpu.GdtLimit = LowMemory.GdtBytes - 1;
         Cpu.IdtBase = 0;
         Cpu.IdtLimit = 0;
         for (int i = 0; i < 6; i++)

@@ -95,6 +95,13 @@ internal sealed class ElfFile
                     + $"fit into {target.Layout.LowBytes >> 20} MiB below 4 GiB");
             }
 
+            if (BootTarget.IsTaken(segment.PhysicalAddress, segment.MemoryBytes))
+            {
+                throw new BootException(
+                    $"kernel {target.Kernel.Path}: a segment of {segment.MemoryBytes >> 10} KiB at 0x{segment.PhysicalAddress:x} lies where "
+                    + "its parameters go; boot it through firmware");
+            }
+
             target.Kernel.CopyTo(target.Memory, (long)segment.Offset, (long)segment.FileBytes, segment.PhysicalAddress);
             target.Clear(segment.PhysicalAddress + segment.FileBytes, segment.MemoryBytes - segment.FileBytes);
             end = Math.Max(end, segment.PhysicalAddress + segment.MemoryBytes);

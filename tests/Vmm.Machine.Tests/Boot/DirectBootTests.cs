@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
 using System.Buffers.Binary;
+using System.Collections.Generic;
 using System.IO;
+using System.Linq;
 using System.Text;
 using FluentAssertions;
+using Vmm.Config;
 using Vmm.Core;
 using Vmm.Machine.Boot;
 using Vmm.Memory;
@@ -122,38 +125,131 @@ public sealed class DirectBootTests : IDisposable
     public void Multiboot_WithAddresses_LoadsBelowHeader()
     {
         using var box = new Box(64);
-        var file = new byte[8192];
-        const int HeaderAt = 64;
-        uint flags = 1 << 16;
-        uint[] header = [0x1BADB002, flags, unchecked(0u - 0x1BADB002 - flags), 0x100040, 0x100000, 0x102000, 0x104000, 0x100080];
-        for (int i = 0; i < header.Length; i++)
-        {
-            BinaryPrimitives.WriteUInt32LittleEndian(file.AsSpan(HeaderAt + (i * 4)), header[i]);
-        }
-
-        file[0] = 0x77;
-        string module = Save("module", [1, 2, 3]);
-        string kernel = Save("multiboot", file);
-        DirectBoot.Load(new DirectBootRequest(kernel, module, "x"), box.Memory, box.Layout, 0, box.Cpu).Should().Be("multiboot");
+        string initrd = Save("initrd", [1, 2, 3]);
+        DirectBoot.Load(new DirectBootRequest(Save("multiboot", MultibootImage()), initrd, "x"), box.Memory, box.Layout, 0, box.Cpu)
+            .Should().Be("multiboot");
         box.Cpu.Rip.Should().Be(0x100080);
         box.Cpu.Gpr[0].Should().Be(0x2BADB002);
         box.Byte(0x100000).Should().Be(0x77);
+        box.Byte(0x103FFF).Should().Be(0, "bss is cleared");
         ulong info = box.Cpu.Gpr[3];
-        (box.Read32(info) & (1 << 3)).Should().NotBe(0u);
-        uint modules = box.Read32(info + 24);
-        box.Byte(box.Read32(modules)).Should().Be(1);
-        (box.Read32(modules + 4) - box.Read32(modules)).Should().Be(3);
+        box.ReadText(box.Read32(info + 64)).Should().Be("vmctl");
+        Modules(box).Should().Equal((0x104000u, 3u, "x"));
+    }
+
+    /// <summary>Multiboot §3.3: one entry a module, in the order of the definition, each on a page (header flag 0).</summary>
+    [Fact]
+    public void Multiboot_Modules_FollowTheKernelPageByPage()
+    {
+        using var box = new Box(64);
+        var modules = new BootModuleSpec[BootSpec.MaxModules];
+        for (int i = 0; i < modules.Length; i++)
+        {
+            string path = Save("module" + i, Enumerable.Repeat((byte)(i + 1), 4096 + i).ToArray());
+            modules[i] = new BootModuleSpec { Path = path, Cmdline = i % 2 == 0 ? string.Empty : $"server{i} ${{root}}" };
+        }
+
+        Boot(box, Save("multiboot", MultibootImage()), modules)();
+
+        Modules(box).Should().Equal(modules.Select((module, i) =>
+            (i == 0 ? 0x104000u : 0x105000u + (((uint)i - 1) * 0x2000), 4096u + (uint)i, module.Cmdline)));
+        foreach ((uint start, uint length, _) in Modules(box))
+        {
+            byte first = box.Byte(start);
+            first.Should().NotBe(0);
+            box.Byte(start + length - 1).Should().Be(first);
+        }
+
+        uint map = box.Read32(box.Cpu.Gpr[3] + 48);
+        box.Read32(map).Should().Be(20, "the list of modules does not reach into the memory map");
+        MultibootLoader.MaxModules.Should().Be(BootSpec.MaxModules);
+    }
+
+    [Fact]
+    public void Multiboot_KernelBelowOneMegabyte_HasItsModulesAbove()
+    {
+        using var box = new Box(64);
+        string kernel = Save("multiboot", MultibootImage(0x8_0000));
+
+        Boot(box, kernel, new BootModuleSpec { Path = Save("module", [1]) })();
+
+        Modules(box).Should().Equal((0x100000u, 1u, string.Empty));
+    }
+
+    [Theory]
+    [InlineData(62L << 20, 64, "module *62 MiB do not fit behind the kernel into 64 MiB below 4 GiB*memory:")]
+    [InlineData(5L << 30, 64, "module *5120 MiB do not fit*")]
+    [InlineData((1L << 32) + 4096, 64, "module *4096 MiB do not fit*")]
+    public void Multiboot_ModuleThatDoesNotFit_IsRefusedUnread(long bytes, int mib, string message)
+    {
+        using var box = new Box(mib);
+        string kernel = Save("multiboot", MultibootImage(lengthBytes: 3 << 20));
+        string path = Save("module", []);
+        using (FileStream sparse = File.OpenWrite(path))
+        {
+            sparse.SetLength(bytes);
+        }
+
+        Boot(box, kernel, new BootModuleSpec { Path = path }).Should().Throw<BootException>().WithMessage(message);
+    }
+
+    [Fact]
+    public void Multiboot_SecondModuleBehindALargeFirst_IsRefused()
+    {
+        using var box = new Box(8);
+        string large = Save("large", new byte[6 << 20]);
+        Boot(box, Save("multiboot", MultibootImage()), new BootModuleSpec { Path = large }, new BootModuleSpec { Path = large })
+            .Should().Throw<BootException>().WithMessage("module *6 MiB do not fit behind the kernel*");
+    }
+
+    [Fact]
+    public void Multiboot_ModulesThatCannotBe_AreRefusedInOneLine()
+    {
+        using var box = new Box(64);
+        string kernel = Save("multiboot", MultibootImage());
+        var one = new BootModuleSpec { Path = Save("module", [1]) };
+        BootModuleSpec wordy = one with { Cmdline = new string('\u20ac', 2047) };
+
+        Boot(box, kernel, [.. Enumerable.Repeat(one, 17)])
+            .Should().Throw<BootException>().WithMessage("modules: there are 17; a kernel can be given 16");
+        Boot(box, kernel, [.. Enumerable.Repeat(wordy, 11)])
+            .Should().Throw<BootException>().WithMessage("modules: their command lines take more than 64 KiB");
+        Boot(box, kernel, one with { Path = kernel + ".none" })
+            .Should().Throw<BootException>().WithMessage("module *: no such file").Which.IsMissingInput.Should().BeTrue();
+        Boot(box, Save("vmlinux", PvhElf(0x1000000)), one)
+            .Should().Throw<BootException>().WithMessage("*is not a multiboot kernel; it takes an initrd: and no modules:");
+        Boot(box, Save("bzImage", BzImage(0x1000000, 0x200000, xloadflags: 1)), one)
+            .Should().Throw<BootException>().WithMessage("*is not a multiboot kernel*");
+    }
+
+    [Theory]
+    [InlineData(0x7000)]
+    [InlineData(0x1_F000)]
+    [InlineData(0x3_F000)]
+    [InlineData(0xF_F000)]
+    public void Multiboot_KernelWhereItsParametersGo_IsRefused(uint address)
+    {
+        using var box = new Box(64);
+        Boot(box, Save("multiboot", MultibootImage(address))).Should().Throw<BootException>().WithMessage("*lies where its parameters go*");
+    }
+
+    [Fact]
+    public void Kernel_Compressed_SaysWhatToDo()
+    {
+        using var box = new Box(64);
+        Boot(box, Save("gnumach.gz", [0x1F, 0x8B, 8, 0])).Should().Throw<BootException>().WithMessage("*decompress it with gunzip");
     }
 
     [Fact]
     public void AnyMutation_EndsInBootExceptionOrSuccess()
     {
-        byte[][] seeds = [BzImage(0x1000000, 0x200000, 1), PvhElf(0x1000000)];
+        byte[][] seeds = [BzImage(0x1000000, 0x200000, 1), PvhElf(0x1000000), MultibootImage()];
+        string initrd = Save("initrd", [1]);
         var random = new Random(7);
         using var box = new Box(64);
-        for (int i = 0; i < 600; i++)
+        for (int i = 0; i < 900; i++)
         {
-            byte[] bad = (byte[])seeds[i % 2].Clone();
+            byte[] bad = (byte[])seeds[i % 3].Clone();
             for (int k = 0; k < 4; k++)
             {
                 bad[random.Next(0x300)] = (byte)random.Next(256);
@@ -163,7 +259,7 @@ public sealed class DirectBootTests : IDisposable
             string path = Save("mutant", bad);
             try
             {
-                DirectBoot.Load(new DirectBootRequest(path, null, "x"), box.Memory, box.Layout, 0, box.Cpu);
+                DirectBoot.Load(new DirectBootRequest(path, initrd, "x"), box.Memory, box.Layout, 0, box.Cpu);
             }
             catch (BootException)
             {
@@ -220,8 +316,47 @@ public sealed class DirectBootTests : IDisposable
         }
     }
 
-    private static Action Boot(Box box, string kernel) => () =>
-        DirectBoot.Load(new DirectBootRequest(kernel, null, string.Empty), box.Memory, box.Layout, 0, box.Cpu);
+    // Header at 64, code from the start of the file on, as much bss as file behind it.
+    private static byte[] MultibootImage(uint address = 0x10_0000, uint lengthBytes = 8192)
+    {
+        var image = new byte[lengthBytes];
+        const uint Flags = (1 << 16) | 3;
+        uint[] header =
+        [
+            0x1BADB002, Flags, unchecked(0u - 0x1BADB002 - Flags),
+            address + 64, address, address + lengthBytes, address + (2 * lengthBytes), address + 0x80,
+        ];
+        for (int i = 0; i < header.Length; i++)
+        {
+            BinaryPrimitives.WriteUInt32LittleEndian(image.AsSpan(64 + (i * 4)), header[i]);
+        }
+
+        image[0] = 0x77;
+        return image;
+    }
+
+    // The list that the information structure points at.
+    private static List<(uint Start, uint LengthBytes, string CommandLine)> Modules(Box box)
+    {
+        ulong info = box.Cpu.Gpr[3];
+        var modules = new List<(uint, uint, string)>();
+        if ((box.Read32(info) & (1 << 3)) != 0)
+        {
+            uint at = box.Read32(info + 24);
+            for (uint left = box.Read32(info + 20); left > 0; left--, at += 16)
+            {
+                uint start = box.Read32(at);
+                modules.Add((start, box.Read32(at + 4) - start, box.ReadText(box.Read32(at + 8))));
+                box.Read32(at + 12).Should().Be(0, "reserved");
+            }
+        }
+
+        return modules;
+    }
+
+    private static Action Boot(Box box, string kernel, params BootModuleSpec[] modules) => () =>
+        DirectBoot.Load(
+            new DirectBootRequest(kernel, null, string.Empty) { Modules = modules }, box.Memory, box.Layout, 0, box.Cpu);
 
     private string Save(string name, byte[] bytes)
     {
