@@ -42,6 +42,9 @@ internal static class BlockKey
 
     /// <summary>EFLAGS.AC acts: SMAP is overridden at CPL 0 to 2, alignment is checked at CPL 3.</summary>
     public const uint Ac = 64;
+
+    /// <summary>64-bit code with CR4.LA57: addresses are canonical by 57 bits.</summary>
+    public const uint La57 = 128;
 }
 
 /// <summary>A decoded basic block.</summary>

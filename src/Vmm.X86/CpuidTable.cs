@@ -56,7 +56,7 @@ internal static class CpuidTable
     private const string Brand = "AMD EPYC compatible software processor";
 
     /// <summary>All leaves; APIC identifiers and topology are filled in by the machine.</summary>
-    public static List<CpuidEntry> Build(bool hasVectorUnit, bool translates = false)
+    public static List<CpuidEntry> Build(bool hasVectorUnit)
     {
         var host = new HostFeatures();
         var leaves = new List<CpuidEntry>();
@@ -83,7 +83,6 @@ internal static class CpuidTable
         uint b7 = Bits(0, 1, 3, 7, 8, 9, 10, 18, 19, 20, 23);        // FSGSBASE TSC_ADJUST BMI1 SMEP BMI2 ERMS INVPCID RDSEED ADX SMAP CLFLUSHOPT
         b7 |= Bits(22, 24) | (host.Leaf7B & Bits(5, 29));                // PCOMMIT CLWB; AVX2 SHA
         uint c7 = Bits(2, 3, 16, 22);                                // UMIP PKU LA57 RDPID
-        c7 &= translates ? ~Bits(16) : ~0U;
         c7 |= host.Leaf7C & Bits(8, 9, 10);                          // GFNI VAES VPCLMULQDQ
         uint d7 = Bits(4);                                           // FSRM
         if (!hasVectorUnit)
@@ -115,7 +114,7 @@ internal static class CpuidTable
         Add(leaves, 0x80000005, 0xFF40FF40, 0xFF40FF40, 0x20080140, 0x20080140);
         Add(leaves, 0x80000006, 0x48002200, 0x68004200, 0x02006140, 0x01009140);
         Add(leaves, 0x80000007, 0, 0, 0, Bits(8));                   // invariant TSC
-        Add(leaves, 0x80000008, PhysicalBits | (translates ? 48U << 8 : 57U << 8), Bits(2, 26, 29), 0, 0);  // XSAVEERPTR, no SSB, no BTC
+        Add(leaves, 0x80000008, PhysicalBits | (57U << 8), Bits(2, 26, 29), 0, 0);  // XSAVEERPTR, no SSB, no BTC
         Add(leaves, 0x80000021, Bits(0, 2, 6, 8, 29), 0, Bits(1, 2), 0);
         // ^ no nested breakpoints, LFENCE serialises, null selector clears base, automatic IBRS, no SRSO, no TSA
         return leaves;

@@ -44,6 +44,7 @@ internal static unsafe class Modes
             cpu->StackMask = ulong.MaxValue;
             cpu->StackFlat = 1;
             key = 2 | BlockKey.Flat;
+            key |= (cpu->Cr4 & Cr4.La57) != 0 ? BlockKey.La57 : 0;
         }
         else
         {

@@ -21,7 +21,6 @@ public sealed class SoftHypervisor : IHypervisor
     internal const int ArenaBytes = 32 << 20;
 
     private readonly ThunkCache? _thunks;
-    private bool _translate = true;
 
     /// <summary>Makes the driver.</summary>
     /// <param name="code">
@@ -33,25 +32,14 @@ public sealed class SoftHypervisor : IHypervisor
     {
         Restriction = code is null ? $"no x87, MMX, SSE and AVX for guests: {refusal ?? "no executable memory"}" : null;
         _thunks = code is null ? null : new ThunkCache(code);
-        SupportedCpuid = CpuidTable.Build(hasVectorUnit: code is not null, _translate && code is not null);
+        SupportedCpuid = CpuidTable.Build(hasVectorUnit: code is not null);
     }
 
     /// <summary>Null, or one line that says what guests go without and why.</summary>
     public string? Restriction { get; }
 
-    /// <summary>
-    /// Translate hot code of VMs made from now on; otherwise everything is interpreted. Translated code wants 4-level
-    /// paging (its branch cache uses the upper 16 bits of addresses), so <see cref="SupportedCpuid"/> follows.
-    /// </summary>
-    public bool Translate
-    {
-        get => _translate;
-        set
-        {
-            _translate = value;
-            SupportedCpuid = CpuidTable.Build(_thunks is not null, value && _thunks is not null);
-        }
-    }
+    /// <summary>Translate hot code of VMs made from now on; otherwise everything is interpreted.</summary>
+    public bool Translate { get; set; } = true;
 
     /// <summary>
     /// Lets translated code of VMs made from now on count what it executes, so that SoftVcpu.InstructionsRetired is the
@@ -97,7 +85,7 @@ public sealed class SoftHypervisor : IHypervisor
     };
 
     /// <inheritdoc/>
-    public IReadOnlyList<CpuidEntry> SupportedCpuid { get; private set; }
+    public IReadOnlyList<CpuidEntry> SupportedCpuid { get; }
 
     /// <inheritdoc/>
     public IReadOnlyList<uint> SavedMsrs => Msrs.Saved;

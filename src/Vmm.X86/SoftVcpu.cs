@@ -47,7 +47,7 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         // allocated here.
         _cpu->Blocks.Arena = (byte*)NativeMemory.AlignedAlloc((nuint)BlockCache.ArenaBytes, 64);
         _cpu->Safe = 1;
-        SetCpuid(CpuidTable.Build(vm.Thunks is not null, vm.Translate && vm.Thunks is not null).ToArray());
+        SetCpuid(CpuidTable.Build(vm.Thunks is not null).ToArray());
         OpenTranslator();
         PowerOn();
     }

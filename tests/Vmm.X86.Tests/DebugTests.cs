@@ -97,7 +97,7 @@ public sealed class DebugTests
     [InlineData(0xAAAA_AAAA_AAAA_AAAAUL, false, 13)]
     public void GsBase_WithFiveLevelPaging_IsCheckedForItsWidth(ulong value, bool isAllowed, uint vector)
     {
-        using var vm = new TestVm(translateAfter: 0); // translated code has 4 levels
+        using var vm = new TestVm();
         vm.EnterLong();
         vm.Assemble(TestVm.CodeAt, 64, a =>
         {

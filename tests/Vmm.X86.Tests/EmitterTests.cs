@@ -95,6 +95,7 @@ public sealed unsafe class EmitterTests
         Text((ref Emitter e) => e.AluImmediate32(AluOp.And, field, ~0x200))
             .Should().Be("and gs:[3B8h],0FFFFFFFFFFFFFDFFh");
         Text((ref Emitter e) => e.CompareByte(new HostMemory(14, 0), 3)).Should().Be("cmp [r14],3");
+        Text((ref Emitter e) => e.CompareWord(field, 0x1234)).Should().Be("cmp word ptr gs:[3B8h],1234h");
         Text((ref Emitter e) => e.StoreImmediate(field, -5)).Should().Be("mov gs:[3B8h],0FFFFFFFFFFFFFFFBh");
         Text((ref Emitter e) => e.StoreImmediate32(field, 1)).Should().Be("mov gs:[3B8h],1");
         Text((ref Emitter e) => e.AddAl(0x7F)).Should().Be("add al,7Fh");

@@ -234,8 +234,10 @@ internal sealed unsafe class TestVm : IDisposable
         return (int)stream.Length;
     }
 
-    /// <summary>64-bit mode, identity-mapped by 2 MiB pages, level 0, flat GDT, IDT whose gates HLT.</summary>
-    public void EnterLong(int cpl = 0)
+    /// <summary>64-bit mode, identity-mapped by 2 MiB pages, flat GDT, IDT whose gates HLT.</summary>
+    /// <param name="cpl">Privilege level.</param>
+    /// <param name="fiveLevel">With CR4.LA57: the first entry of a fifth table at <see cref="PageTables"/> + 3000h.</param>
+    public void EnterLong(int cpl = 0, bool fiveLevel = false)
     {
         BuildLongTables(cpl == 3);
         CpuState state = State;
@@ -244,6 +246,13 @@ internal sealed unsafe class TestVm : IDisposable
         state.Cr0 = 0x80010033;
         state.Cr3 = PageTables;
         state.Cr4 = 0x6A0 | (1 << 9) | (1 << 18) | (1 << 16);
+        if (fiveLevel)
+        {
+            Write64(PageTables + 0x3000, PageTables | 7);
+            state.Cr3 = PageTables + 0x3000;
+            state.Cr4 |= Cr4.La57;
+        }
+
         state.Xcr0 = 7;
         state.Efer = 0xD01;
         uint dpl = (uint)cpl << 5;

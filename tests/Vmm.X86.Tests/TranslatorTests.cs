@@ -205,17 +205,131 @@ public sealed class TranslatorTests
         vm.Read64(frame + 32).Should().Be(TestVm.StackTop - 8);
     }
 
+    // With 57 bits, some of those addresses are canonical: the branch is taken and the fetch faults.
+    [Theory]
+    [InlineData(0x0000_8000_0000_0000UL, 14, false)]
+    [InlineData(0x00FF_8000_0000_0000UL, 14, true)]
+    [InlineData(0xFF7F_FFFF_FFFF_F000UL, 14, false)]
+    [InlineData(0x0100_0000_0000_0000UL, 13, false)]
+    [InlineData(0xFEFF_FFFF_FFFF_F000UL, 13, true)]
+    public void FiveLevels_BranchToWhatFourCannotReach_IsTaken(ulong target, int vector, bool isCall)
+    {
+        using var vm = new TestVm();
+        vm.EnterLong(fiveLevel: true);
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            a.mov(rax, target);
+            if (isCall)
+            {
+                a.call(rax);
+            }
+            else
+            {
+                a.jmp(rax);
+            }
+        });
+
+        vm.Run().Should().Be(ExitKind.Halted);
+
+        vm.State.Rip.Should().Be(0x92000 + (ulong)vector + 1);
+        ulong frame = vm.State.Gpr[4];
+        bool isTaken = vector == 14;
+        vm.Read64(frame + 8).Should().Be(isTaken ? target : TestVm.CodeAt + 10);
+        vm.Read64(frame + 32).Should().Be(TestVm.StackTop - (isTaken && isCall ? 8UL : 0));
+        vm.Cpu.Translator!.Blocks.Should().BePositive();
+    }
+
+    // One page of code runs at one address in the first address space and at 255 in the second. Its jump to the next page
+    // is linked in the first; in the second that is another page. One address differs from the first as the spaces' tags do.
+    [Fact]
+    public void FiveLevels_LinkToAnotherPage_HoldsForItsAddressSpaceOnly()
+    {
+        const int code = 0x20000;
+        const int counters = 0x30000;
+        const int rounds = 5;
+        const ulong firstSpace = TestVm.PageTables + 0x3000;
+        const ulong secondSpace = TestVm.PageTables + 0x4000;
+        const ulong tables = TestVm.PageTables + 0x5000;
+        using var vm = new TestVm();
+        vm.EnterLong(fiveLevel: true);
+        vm.State.Cr4 = (vm.State.Cr4 & ~Cr4.Pge) | Cr4.PcidE;
+        vm.State.Cr3 = firstSpace | 1;
+        vm.Write64(secondSpace, TestVm.PageTables | 7);
+        for (uint i = 1; i < 256; i++)
+        {
+            vm.Write64(secondSpace + (i * 8), tables | 7);
+        }
+
+        vm.Write64(tables, (tables + 0x1000) | 7);
+        vm.Write64(tables + 0x1000, (tables + 0x2000) | 7);
+        vm.Write64(tables + 0x2000, (tables + 0x3000) | 7);
+        for (uint i = 0; i < 512; i++)
+        {
+            vm.Write64(tables + 0x3000 + (i * 8), (i << 12) | 7);
+        }
+
+        vm.Write64(tables + 0x3000 + ((code + 0x1000) >> 12 << 3), (code + 0x2000) | 7);
+        vm.Assemble(code, 64, a => a.jmp(code + 0x1000));
+        for (int i = 0; i < 2; i++)
+        {
+            vm.Assemble((ulong)(code + 0x1000 + (i * 0x1000)), 64, a =>
+            {
+                a.inc(__dword_ptr[counters + (i * 4)]);
+                a.jmp(rbx);
+            });
+        }
+
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            const ulong keep = 1UL << 63;
+            var again = a.CreateLabel();
+            var first = a.CreateLabel();
+            var firstBack = a.CreateLabel();
+            var secondBack = a.CreateLabel();
+            a.mov(ecx, 255);
+            a.Label(ref again);
+            a.mov(rax, keep | firstSpace | 1);
+            a.mov(cr3, rax);
+            a.mov(eax, code);
+            a.mov(edx, rounds);
+            a.lea(rbx, __[firstBack]);
+            a.Label(ref first);
+            a.jmp(rax);
+            a.Label(ref firstBack);
+            a.dec(edx);
+            a.jne(first);
+            a.mov(rax, keep | secondSpace | 2);
+            a.mov(cr3, rax);
+            a.lea(rbx, __[secondBack]);
+            a.mov(rax, rcx);
+            a.shl(rax, 48);
+            a.add(rax, code);
+            a.jmp(rax);
+            a.Label(ref secondBack);
+            a.dec(ecx);
+            a.jne(again);
+            a.hlt();
+        });
+
+        vm.Run().Should().Be(ExitKind.Halted);
+
+        vm.State.Gpr[1].Should().Be(0);
+        vm.Read32(counters).Should().Be(255 * rounds);
+        vm.Read32(counters + 4).Should().Be(255);
+    }
+
     // The kernel notes all that SYSCALL loads and changes the flags that SYSRET returns with; in some rounds these stop
     // generated code or its short way (AC, TF in a mask that leaves it).
     [Theory]
-    [InlineData(0x47700UL)]
-    [InlineData(0x257FD5UL)]
-    [InlineData(0x40000UL)]
-    [InlineData(0UL)]
-    public void Syscall_AndSysret_DoWhatTheInterpreterDoes(ulong mask)
+    [InlineData(0x47700UL, false)]
+    [InlineData(0x257FD5UL, false)]
+    [InlineData(0x40000UL, false)]
+    [InlineData(0UL, false)]
+    [InlineData(0x47700UL, true)]
+    public void Syscall_AndSysret_DoWhatTheInterpreterDoes(ulong mask, bool fiveLevel)
     {
-        using TestVm translated = CallKernel(mask, translateAfter: 1);
-        using TestVm interpreted = CallKernel(mask, translateAfter: 0);
+        using TestVm translated = CallKernel(mask, translateAfter: 1, fiveLevel);
+        using TestVm interpreted = CallKernel(mask, translateAfter: 0, fiveLevel);
         translated.Memory.SequenceEqual(interpreted.Memory).Should().BeTrue();
         translated.State.Gpr.Should().Equal(interpreted.State.Gpr);
         translated.State.Rip.Should().Be(interpreted.State.Rip);
@@ -241,11 +355,11 @@ public sealed class TranslatorTests
         return 0;
     }
 
-    private static TestVm CallKernel(ulong mask, int translateAfter)
+    private static TestVm CallKernel(ulong mask, int translateAfter, bool fiveLevel)
     {
         const int kernel = 0x12000;
         var vm = new TestVm(translateAfter: translateAfter);
-        vm.EnterLong(3);
+        vm.EnterLong(3, fiveLevel);
         vm.Write32(0x30000, CallRounds);
         vm.State.Msrs[0xC0000081] = (8UL << 32) | (0x1BUL << 48);
         vm.State.Msrs[0xC0000082] = kernel;

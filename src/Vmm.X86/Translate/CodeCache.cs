@@ -48,9 +48,17 @@ internal enum ExitKindOfCode
 ///     mov T0, imm64; mov gs:[CodeBase], T0; jmp target
 ///     exit: mov T0, record; jmp ExitFlagImage
 ///     probe:
+///
+/// Addresses of 48 bits leave the tag's bits alone, so that the exclusive or is different wherever page or tag is. Those of
+/// 57 bits do not: code with CR4.LA57 compares the tag by itself, in front of all that.
+///
+///     cmp word gs:[BranchTag], imm16; jne probe
 /// </summary>
 internal static class FarBranch
 {
+    /// <summary>Offset, in front of the branch, of the tag that it expects with CR4.LA57.</summary>
+    public const int Tag = -6 - sizeof(ushort);
+
     /// <summary>Offset of the expected page and tag.</summary>
     public const int Expected = 5 + 9 + 9 + 2;
 

@@ -262,6 +262,15 @@ internal unsafe struct Emitter
         Dword(value);
     }
 
+    /// <summary>CMP word memory, imm16.</summary>
+    public void CompareWord(in HostMemory memory, ushort value)
+    {
+        Byte(0x66);
+        MemoryForm(false, 0x81, 7, memory);
+        Byte(value & 0xFF);
+        Byte(value >> 8);
+    }
+
     /// <summary>CMP byte memory, imm8.</summary>
     public void CompareByte(in HostMemory memory, int value)
     {

@@ -60,7 +60,7 @@ internal unsafe struct FastCalls
     public TlbEntry* KernelTlb;
     public TlbEntry* UserTlb;
 
-    /// <summary>Mode keys behind them.</summary>
+    /// <summary>Mode keys behind them, without <see cref="BlockKey.La57"/>.</summary>
     public const uint KernelKey = 2 | BlockKey.Flat;
     public const uint UserKey = KernelKey | BlockKey.User;
 
@@ -81,7 +81,7 @@ internal unsafe struct FastCalls
         // at level 0 is the supervisor's.
         const ulong cleared = Rflags.Tf | Rflags.Ac;
         if ((mask & cleared) != cleared || (cpu->Efer & (Efer.Sce | Efer.Lma)) != (Efer.Sce | Efer.Lma) ||
-            (cpu->Cr4 & (Cr4.Pge | Cr4.La57)) != Cr4.Pge || !Paging.IsCanonical(cpu, cpu->Msr.Lstar))
+            (cpu->Cr4 & Cr4.Pge) == 0 || !Paging.IsCanonical(cpu, cpu->Msr.Lstar))
         {
             cpu->Calls.Ready = 0;
             return;

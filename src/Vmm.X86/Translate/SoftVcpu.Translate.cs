@@ -90,7 +90,7 @@ public sealed unsafe partial class SoftVcpu
         block->Hits = 0;
         if ((block->Key & (BlockKey.SizeMask | BlockKey.Single)) != 2 || block->Crosses != 0 ||
             block->PageGeneration == null || block->Generation < 0 ||
-            block->Generation != *block->PageGeneration || (cpu->Cr4 & Cr4.La57) != 0)
+            block->Generation != *block->PageGeneration)
         {
             return false;
         }
@@ -207,6 +207,10 @@ public sealed unsafe partial class SoftVcpu
                     ulong tags = (ulong)Tag(cpu) << 48;
                     _code.LinkFar(
                         cpu, exit->Site, cpu->CodeBase ^ tags, cpu->Rip & ~Mem.PageOffset, next->EntryFlagImage);
+                    if ((next->Key & BlockKey.La57) != 0)
+                    {
+                        *(ushort*)(exit->Site + FarBranch.Tag) = Tag(cpu);
+                    }
                 }
                 else
                 {
@@ -265,7 +269,8 @@ public sealed unsafe partial class SoftVcpu
     /// <summary>The same with EFLAGS.AC.</summary>
     internal const int AcTag = 0x2000;
 
-    private static ushort Tag(CpuContext* cpu)
+    /// <summary>The branch tag of the present address space and mode.</summary>
+    internal static ushort Tag(CpuContext* cpu)
     {
         uint tag = (uint)(IsShared(cpu) ? cpu->GlobalAsid : cpu->SpaceAsid);
         tag |= (cpu->ModeKey & BlockKey.User) != 0 ? (uint)UserTag : 0;

@@ -149,6 +149,13 @@ internal sealed unsafe partial class Translator
     // A direct branch to another page, with the flags in the image. Layout: FarBranch.
     private void EmitFarBranch(int offset)
     {
+        byte* otherTag = null;
+        if (IsLa57)
+        {
+            _e.CompareWord(HostMemory.Context(Offsets.BranchTag), SoftVcpu.Tag(_cpu));
+            otherTag = _e.JumpIf(HostCondition.NotEqual);
+        }
+
         byte* site = _e.At;
         _e.JumpForward();
         _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
@@ -164,6 +171,11 @@ internal sealed unsafe partial class Translator
         _e.MoveImmediate(Host.T0, (uint)exit);
         _e.Jump(_cache.Stubs.ExitFlagImage);
         _e.Land(other);
+        if (otherTag != null)
+        {
+            _e.Land(otherTag);
+        }
+
         _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
         _e.AluImmediate(AluOp.Add, Host.T0, offset + PageOffset);
         EmitBranchProbe(exit);
@@ -282,12 +294,13 @@ internal sealed unsafe partial class Translator
         };
     }
 
-    // To the handler when bits 63:47 of an address are not equal. Destroys the scratch register.
+    // To the handler when bits 63:47 (63:56 with CR4.LA57) of an address are not equal. Destroys the scratch register.
     private void SlowJumpUnlessCanonical(int address, int scratch)
     {
+        int copies = IsLa57 ? 7 : 16;
         _e.Move(scratch, address);
-        _e.Shift(4, scratch, 16);
-        _e.Shift(7, scratch, 16);
+        _e.Shift(4, scratch, copies);
+        _e.Shift(7, scratch, copies);
         _e.Alu(AluOp.Cmp, scratch, address);
         SlowJump(_e.JumpIf(HostCondition.NotEqual));
     }

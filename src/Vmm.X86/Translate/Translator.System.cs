@@ -50,7 +50,7 @@ internal sealed unsafe partial class Translator
         _e.Store(HostMemory.Context(Offsets.FlagImage), Host.T0);
         LoadFlat(Seg.Cs, Offsets.CallsKernelCs, FastCalls.KernelCode);
         LoadFlat(Seg.Ss, Offsets.CallsKernelSs, FastCalls.KernelData);
-        EnterLevel(0, FastCalls.KernelKey, Offsets.CallsKernelTlb, Offsets.GlobalAsid);
+        EnterLevel(0, FastCalls.KernelKey | (_block->Key & BlockKey.La57), Offsets.CallsKernelTlb, Offsets.GlobalAsid);
         _e.StoreWord(HostMemory.Context(Offsets.BranchTag), Host.T0);
         _e.Load(Host.T0, HostMemory.Context(Offsets.Lstar));
         EmitBranchProbe(-1, 0);
@@ -92,7 +92,7 @@ internal sealed unsafe partial class Translator
         _e.Store(HostMemory.Context(Offsets.FlagImage), Host.T0);
         LoadFlat(Seg.Cs, Offsets.CallsUserCs, FastCalls.UserCode);
         LoadFlat(Seg.Ss, Offsets.CallsUserSs, FastCalls.UserData);
-        EnterLevel(3, FastCalls.UserKey, Offsets.CallsUserTlb, Offsets.SpaceAsid);
+        EnterLevel(3, FastCalls.UserKey | (_block->Key & BlockKey.La57), Offsets.CallsUserTlb, Offsets.SpaceAsid);
         _e.AluImmediate(AluOp.Or, Host.T0, SoftVcpu.UserTag, wide: false);
         _e.StoreWord(HostMemory.Context(Offsets.BranchTag), Host.T0);
         _e.Move(Host.T0, Host.Rcx);

@@ -172,6 +172,9 @@ internal sealed unsafe partial class Translator
     // The VM is deterministic: the flags in the image are right wherever generated code can be left.
     private bool IsExact => _cpu->CountsBlocks == 2;
 
+    // The block runs with addresses of 57 bits.
+    private bool IsLa57 => (_block->Key & BlockKey.La57) != 0;
+
     // Code of the instruction can fault, call a handler or leave.
     private bool MayLeave(int i) => _traits[i].Kind switch
     {

@@ -39,6 +39,7 @@ public sealed class HostileGuestTests
     [InlineData(HostileMode.LongKernel, 1)]
     [InlineData(HostileMode.LongUser, 1)]
     [InlineData(HostileMode.Compatibility, 1)]
+    [InlineData(HostileMode.FiveLevel, 1)]
     [InlineData(HostileMode.LongKernel, 2)]
     [InlineData(HostileMode.LongUser, 2)]
     public void RandomBytes_Translated_NeverLeaveTheirGuest(HostileMode mode, int vcpus) =>
