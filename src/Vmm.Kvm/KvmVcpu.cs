@@ -269,7 +269,20 @@ internal sealed unsafe class KvmVcpu : IVcpu, INmiPin
         _thread = thread;
     }
 
+    // An exit that needs no decision is served here and the guest entered again.
     private ExitKind Loop(ref VcpuExit exit)
+    {
+        while (true)
+        {
+            if ((EnterGuest(ref exit) ?? ServeExit(ref exit)) is { } ended)
+            {
+                return ended;
+            }
+        }
+    }
+
+    // Null: the guest left with an exit that the run page describes.
+    private ExitKind? EnterGuest(ref VcpuExit exit)
     {
         kvm_run* run = _run;
         while (true)
@@ -292,89 +305,68 @@ internal sealed unsafe class KvmVcpu : IVcpu, INmiPin
                 SynchronizePort(_port, cr8);
             }
 
-            if (result < 0)
+            if (result >= 0)
             {
-                Errno error = Ioctl.LastError;
-                if (error is Errno.EINTR or Errno.EAGAIN)
-                {
-                    if (TakeKick())
-                    {
-                        return ExitKind.Interrupted;
-                    }
+                return null;
+            }
 
-                    continue;
-                }
-
+            Errno error = Ioctl.LastError;
+            if (error is not (Errno.EINTR or Errno.EAGAIN))
+            {
                 return FailRun(ref exit, error, HostException.Describe(Ioctl.LastRawErrno));
             }
 
-            switch (run->exit_reason)
+            if (TakeKick())
             {
-                case KvmAbi.KVM_EXIT_IO:
-                    if (!ServePort(run))
-                    {
-                        return Fail(ref exit, 0, "KVM described a port access outside its page");
-                    }
-
-                    break;
-                case KvmAbi.KVM_EXIT_MMIO:
-                    ServeMmio(run);
-                    break;
-                case KvmAbi.KVM_EXIT_IRQ_WINDOW_OPEN:
-                case KvmAbi.KVM_EXIT_SET_TPR:
-                case KvmAbi.KVM_EXIT_TPR_ACCESS:
-                    break;
-                case KvmAbi.KVM_EXIT_INTR:
-                    if (TakeKick())
-                    {
-                        return ExitKind.Interrupted;
-                    }
-
-                    break;
-                case KvmAbi.KVM_EXIT_IOAPIC_EOI:
-                    _onIoApicEoi?.Invoke(run->eoi.vector);
-                    break;
-                case KvmAbi.KVM_EXIT_HLT:
-                    _activity = ActivityState.Halted;
-                    if (_port is null)
-                    {
-                        exit.InterruptsMasked = run->if_flag == 0;
-                        return ExitKind.Halted;
-                    }
-
-                    break;
-                case KvmAbi.KVM_EXIT_HYPERCALL:
-                    run->hypercall.ret = unchecked((ulong)-1000L);   // -KVM_ENOSYS
-                    break;
-                case KvmAbi.KVM_EXIT_SHUTDOWN:
-                case KvmAbi.KVM_EXIT_SYSTEM_EVENT:
-                    exit.Code = run->exit_reason;
-                    return ExitKind.Shutdown;
-                case KvmAbi.KVM_EXIT_DEBUG:
-                    return ExitKind.Debug;
-                case KvmAbi.KVM_EXIT_INTERNAL_ERROR:
-                    if (run->@internal.suberror == KvmAbi.KVM_INTERNAL_ERROR_EMULATION)
-                    {
-                        _access.UseRunPage();
-                        ReportEmulation(run, ref exit);
-                        return ExitKind.NeedsEmulation;
-                    }
-
-                    return Fail(ref exit, run->@internal.suberror, DescribeInternalError(run));
-                case KvmAbi.KVM_EXIT_FAIL_ENTRY:
-                    return Fail(
-                        ref exit,
-                        run->fail_entry.hardware_entry_failure_reason,
-                        "the processor refused to enter the guest, reason "
-                        + $"{run->fail_entry.hardware_entry_failure_reason:x}");
-                case KvmAbi.KVM_EXIT_UNKNOWN:
-                    return Fail(
-                        ref exit,
-                        run->hw.hardware_exit_reason,
-                        $"unknown hardware exit {run->hw.hardware_exit_reason:x}");
-                default:
-                    return Fail(ref exit, run->exit_reason, $"exit reason {run->exit_reason} is not known here");
+                return ExitKind.Interrupted;
             }
+        }
+    }
+
+    // Null: served, and the guest goes on.
+    private ExitKind? ServeExit(ref VcpuExit exit)
+    {
+        kvm_run* run = _run;
+        switch (run->exit_reason)
+        {
+            case KvmAbi.KVM_EXIT_IO:
+                return ServePort(run) ? null : Fail(ref exit, 0, "KVM described a port access outside its page");
+            case KvmAbi.KVM_EXIT_MMIO:
+                ServeMmio(run);
+                return null;
+            case KvmAbi.KVM_EXIT_IRQ_WINDOW_OPEN:
+            case KvmAbi.KVM_EXIT_SET_TPR:
+            case KvmAbi.KVM_EXIT_TPR_ACCESS:
+                return null;
+            case KvmAbi.KVM_EXIT_INTR:
+                return TakeKick() ? ExitKind.Interrupted : null;
+            case KvmAbi.KVM_EXIT_IOAPIC_EOI:
+                _onIoApicEoi?.Invoke(run->eoi.vector);
+                return null;
+            case KvmAbi.KVM_EXIT_HLT:
+                _activity = ActivityState.Halted;
+                if (_port is not null)
+                {
+                    return null;
+                }
+
+                exit.InterruptsMasked = run->if_flag == 0;
+                return ExitKind.Halted;
+            case KvmAbi.KVM_EXIT_HYPERCALL:
+                run->hypercall.ret = unchecked((ulong)-1000L);   // -KVM_ENOSYS
+                return null;
+            case KvmAbi.KVM_EXIT_SHUTDOWN:
+            case KvmAbi.KVM_EXIT_SYSTEM_EVENT:
+                exit.Code = run->exit_reason;
+                return ExitKind.Shutdown;
+            case KvmAbi.KVM_EXIT_DEBUG:
+                return ExitKind.Debug;
+            case KvmAbi.KVM_EXIT_INTERNAL_ERROR when run->@internal.suberror == KvmAbi.KVM_INTERNAL_ERROR_EMULATION:
+                _access.UseRunPage();
+                ReportEmulation(run, ref exit);
+                return ExitKind.NeedsEmulation;
+            default:
+                return FailExit(run, ref exit);
         }
     }
 
@@ -573,6 +565,19 @@ internal sealed unsafe class KvmVcpu : IVcpu, INmiPin
 
         return what;
     }
+
+    // What the kernel or the processor could not do, in words.
+    private static ExitKind FailExit(kvm_run* run, ref VcpuExit exit) => run->exit_reason switch
+    {
+        KvmAbi.KVM_EXIT_INTERNAL_ERROR => Fail(ref exit, run->@internal.suberror, DescribeInternalError(run)),
+        KvmAbi.KVM_EXIT_FAIL_ENTRY => Fail(
+            ref exit,
+            run->fail_entry.hardware_entry_failure_reason,
+            $"the processor refused to enter the guest, reason {run->fail_entry.hardware_entry_failure_reason:x}"),
+        KvmAbi.KVM_EXIT_UNKNOWN => Fail(
+            ref exit, run->hw.hardware_exit_reason, $"unknown hardware exit {run->hw.hardware_exit_reason:x}"),
+        uint other => Fail(ref exit, other, $"exit reason {other} is not known here"),
+    };
 
     private static ExitKind FailRun(ref VcpuExit exit, Errno error, string detail) =>
         Fail(
