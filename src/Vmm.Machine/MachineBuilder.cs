@@ -250,43 +250,15 @@ public sealed class MachineBuilder : IDisposable
         }
     }
 
+    // The order is that of the parts list, in which devices are reset, saved and described to firmware.
     private PciBus AddChips(MachineParts parts, InterruptWiring interrupts)
     {
-        Add(parts, new Hpet(_clock, interrupts.Pins(), interrupts.Line(0), interrupts.Line(8), interrupts), out Hpet hpet);
-        _mmio.Map(AcpiTables.HpetAddress, hpet);
-        Add(parts, new I8254(_clock, hpet.PitInput), out I8254 pit);
-        _ports.Map(I8254.Port, pit);
-        _ports.Map(I8254.SpeakerPort, pit.SpeakerWindow);
-        Add(parts, new Mc146818(_clock, hpet.RtcInput), out Mc146818 rtc);
-        _ports.Map(Mc146818.Port, rtc);
+        Mc146818 rtc = AddTimers(parts, interrupts);
         Add(parts, new Port92(_system), out Port92 port92);
         _ports.Map(Port92.Port, port92);
         _ports.Map(PostPort.Port, new PostPort());
-        for (int i = 0; i < _spec.Serial.Count && i < s_serialPorts.Length; i++)
-        {
-            (ushort port, int irq) = s_serialPorts[i];
-            string id = $"com{i + 1}";
-            Add(parts, new Uart16550(id, _chars.Make(id, _spec.Serial[i]), _clock, interrupts.Line(irq)), out Uart16550 uart);
-            _ports.Map(port, uart);
-        }
-
-        if (_spec.DebugExit is { } exitPort)
-        {
-            _ports.Map(exitPort, new DebugExitPort(_system), priority: 1);
-        }
-
-        if (_spec.TestDevice)
-        {
-            var test = new PcTestDevice(interrupts.Pins());
-            _ports.Map(PcTestDevice.IrqPort, test);
-            _ports.Map(PcTestDevice.EchoPort, test.EchoPorts);
-            _mmio.Map(PcTestDevice.EchoAddress, test.EchoPage);
-        }
-
-        if (_spec.PvPanic)
-        {
-            _ports.Map(PvPanic.Port, new PvPanic(_system));
-        }
+        AddSerialPorts(parts, interrupts);
+        AddTestPorts(interrupts);
 
         var bus = new PciBus(_ports, _mmio, _memory, interrupts);
         Add(parts, new PciConfigPorts(bus, _system), out PciConfigPorts configPorts);
@@ -305,6 +277,74 @@ public sealed class MachineBuilder : IDisposable
         StorageWiring storage = StorageWiring.Add(parts, _spec, bus, isaLines);
         parts.Cdroms = storage.Cdroms;
         rtc.SetRam(StorageWiring.CmosFloppyTypes, storage.FloppyTypes);
+        AcpiPm pm = AddPowerManagement(parts, bus, interrupts);
+        I8042? keyboard = null;
+        if (firmware is not null || _spec.Display.Vga != VgaModel.None)
+        {
+            keyboard = ScreenWiring.Add(parts, _spec, bus, _memory, _clock, _system, isaLines);
+        }
+
+        AddCards(parts, bus, keyboard);
+        if (firmware is not null)
+        {
+            FirmwareWiring.Describe(parts, _spec, _layout, bus, rtc, storage, pm, MachineTables.MakeSmbios(parts, _spec));
+            _ports.Map(DebugConsolePort.FirmwarePort, new DebugConsolePort(_chars.Make("firmware", new CharSpec(CharKind.Log))));
+        }
+        else if (_spec.TestDevice)
+        {
+            FirmwareWiring.AddFwCfg(parts, _spec, _layout, bus);
+        }
+
+        return bus;
+    }
+
+    // The HPET's legacy replacement route takes over the lines of the PIT and the RTC, so both go through it.
+    private Mc146818 AddTimers(MachineParts parts, InterruptWiring interrupts)
+    {
+        Add(parts, new Hpet(_clock, interrupts.Pins(), interrupts.Line(0), interrupts.Line(8), interrupts), out Hpet hpet);
+        _mmio.Map(AcpiTables.HpetAddress, hpet);
+        Add(parts, new I8254(_clock, hpet.PitInput), out I8254 pit);
+        _ports.Map(I8254.Port, pit);
+        _ports.Map(I8254.SpeakerPort, pit.SpeakerWindow);
+        Add(parts, new Mc146818(_clock, hpet.RtcInput), out Mc146818 rtc);
+        _ports.Map(Mc146818.Port, rtc);
+        return rtc;
+    }
+
+    private void AddSerialPorts(MachineParts parts, InterruptWiring interrupts)
+    {
+        for (int i = 0; i < _spec.Serial.Count && i < s_serialPorts.Length; i++)
+        {
+            (ushort port, int irq) = s_serialPorts[i];
+            string id = $"com{i + 1}";
+            Add(parts, new Uart16550(id, _chars.Make(id, _spec.Serial[i]), _clock, interrupts.Line(irq)), out Uart16550 uart);
+            _ports.Map(port, uart);
+        }
+    }
+
+    private void AddTestPorts(InterruptWiring interrupts)
+    {
+        if (_spec.DebugExit is { } exitPort)
+        {
+            _ports.Map(exitPort, new DebugExitPort(_system), priority: 1);
+        }
+
+        if (_spec.TestDevice)
+        {
+            var test = new PcTestDevice(interrupts.Pins());
+            _ports.Map(PcTestDevice.IrqPort, test);
+            _ports.Map(PcTestDevice.EchoPort, test.EchoPorts);
+            _mmio.Map(PcTestDevice.EchoAddress, test.EchoPage);
+        }
+
+        if (_spec.PvPanic)
+        {
+            _ports.Map(PvPanic.Port, new PvPanic(_system));
+        }
+    }
+
+    private AcpiPm AddPowerManagement(MachineParts parts, PciBus bus, InterruptWiring interrupts)
+    {
         var pm = new AcpiPm(_clock, interrupts.Line(9), _system);
         Attach(parts, bus, pm, 1, 3);
         _ports.Map(AcpiPm.ApmPort, pm.ApmWindow);
@@ -314,12 +354,11 @@ public sealed class MachineBuilder : IDisposable
             AddGenerationId(parts, pm);
         }
 
-        I8042? keyboard = null;
-        if (firmware is not null || _spec.Display.Vga != VgaModel.None)
-        {
-            keyboard = ScreenWiring.Add(parts, _spec, bus, _memory, _clock, _system, isaLines);
-        }
+        return pm;
+    }
 
+    private void AddCards(MachineParts parts, PciBus bus, I8042? keyboard)
+    {
         if (_spec.Watchdog != WatchdogAction.None)
         {
             parts.AddCard(bus, new I6300Esb(_clock, _system));
@@ -345,19 +384,6 @@ public sealed class MachineBuilder : IDisposable
         {
             parts.AddCard(bus, new PciTestCard());
         }
-
-        if (firmware is null && _spec.TestDevice)
-        {
-            FirmwareWiring.AddFwCfg(parts, _spec, _layout, bus);
-        }
-
-        if (firmware is not null)
-        {
-            FirmwareWiring.Describe(parts, _spec, _layout, bus, rtc, storage, pm, MachineTables.MakeSmbios(parts, _spec));
-            _ports.Map(DebugConsolePort.FirmwarePort, new DebugConsolePort(_chars.Make("firmware", new CharSpec(CharKind.Log))));
-        }
-
-        return bus;
     }
 
     private void AddGenerationId(MachineParts parts, AcpiPm pm)
