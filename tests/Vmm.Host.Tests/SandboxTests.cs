@@ -121,20 +121,15 @@ public sealed class SandboxTests : IDisposable
         status.Should().Be(0);
     }
 
-    [Fact]
+    [LandlockFact]
     public void Files_ThatWereNamed_AreThere_AndOthersAreNot()
     {
         string read = Make("read"), written = Make("written"), secret = Make("secret");
         string own = Directory.CreateDirectory(Path.Combine(_directory, "own")).FullName;
         string[] rules = ["Execute=/usr", "Execute=/lib", "Execute=/lib64", "Read=/proc", "Read=/sys", "Read=/etc/ld.so.cache", "Write=/dev",
             "Execute=" + AppContext.BaseDirectory, "Execute=" + DotnetRoot(), "Read=" + read, "Write=" + written, "Own=" + own];
-        if (Probe(out _, ["files", .. rules, "--", "nothing"]) is not "works")
-        {
-            Probe(out _, ["files", .. rules, "--", "nothing"]).Should().StartWith("no sandbox: ");
-            return;
-        }
-
         string Inside(params string[] what) => Probe(out _, ["files", .. rules, "--", .. what]);
+        Inside("nothing").Should().Be("works");
         Inside("read", read).Should().Be("works");
         Inside("write", read).Should().StartWith("refused: ");
         Inside("write", written).Should().Be("works");
@@ -209,6 +204,18 @@ public sealed class SandboxTests : IDisposable
                 default:
                     throw new InvalidOperationException($"0x{instruction.Code:x}");
             }
+        }
+    }
+
+    /// <summary>A test of the sandbox of files; skipped, with the reason, where this host has none.</summary>
+    [AttributeUsage(AttributeTargets.Method)]
+    private sealed class LandlockFactAttribute : FactAttribute
+    {
+        public LandlockFactAttribute()
+        {
+            // Without rules the process inside cannot even start; what counts is whether it was shut in.
+            string answer = Probe(out _, "files", "--", "nothing");
+            Skip = answer.StartsWith("no sandbox: ", StringComparison.Ordinal) ? answer : null;
         }
     }
 }

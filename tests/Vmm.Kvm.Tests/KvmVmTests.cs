@@ -51,15 +51,10 @@ public sealed class KvmVmTests
         system.SavedMsrs.Should().Contain([0xC0000081, 0xC0000082, 0x277]).And.NotContain([0xC0000080, 0x1B]);
     }
 
-    [KvmFact]
+    [KvmReadOnlyMemoryFact]
     public void SetMemorySlot_ReadOnly_SendsWritesToTheMap()
     {
         using var machine = new TestMachine();
-        if (!machine.System.Capabilities.ReadOnlyMemory)
-        {
-            return;
-        }
-
         using HostMemory rom = HostMemory.Allocate(4096, hugePages: false);
         rom.Write(0, 0x5Au);
         machine.Vm.SetMemorySlot(1, new MemorySlot(TestMachine.MmioBase, 4096, rom.Address, true, false, 0));
@@ -138,16 +133,12 @@ public sealed class KvmVmTests
         bitmap[1].Should().Be(0);
     }
 
-    [KvmFact]
+    [KvmDoorbellFact]
     public void TryAddDoorbell_PortWrite_SignalsWithoutReachingTheMap()
     {
         using var machine = new TestMachine();
         using var bell = new EventFd();
-        if (!machine.Vm.TryAddDoorbell(0x30, true, AccessWidth.Word, 7, bell.Fd))
-        {
-            return;
-        }
-
+        machine.Vm.TryAddDoorbell(0x30, true, AccessWidth.Word, 7, bell.Fd).Should().BeTrue();
         machine.Load(
         [
             0xB8, 0x07, 0x00, 0xE7, 0x30,           // mov ax, 7; out 0x30, ax

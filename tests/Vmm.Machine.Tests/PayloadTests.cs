@@ -6,6 +6,7 @@ using System.Threading;
 using System.Threading.Tasks;
 using FluentAssertions;
 using Vmm.Config;
+using Vmm.Kvm;
 using Xunit;
 
 namespace Vmm.Machine.Tests;
@@ -13,6 +14,7 @@ namespace Vmm.Machine.Tests;
 /// <summary>Whole machines that run a few instructions, under every driver of this host.</summary>
 public sealed class PayloadTests : IDisposable
 {
+    private const int LimitMs = 60_000;
     private readonly string _directory = Directory.CreateTempSubdirectory("vmm-payload-").FullName;
     private string _log = "";
 
@@ -21,7 +23,7 @@ public sealed class PayloadTests : IDisposable
         get
         {
             var data = new TheoryData<string, string> { { "soft", "user" } };
-            if (File.Exists("/dev/kvm"))
+            if (KvmProbe.Diagnose().IsUsable)
             {
                 data.Add("kvm", "user");
                 data.Add("kvm", "split");
@@ -195,15 +197,12 @@ public sealed class PayloadTests : IDisposable
             OnBuilt = machine =>
             {
                 onBuilt?.Invoke(machine);
-                return null;
+                return new Timer(
+                    _ => machine.Stop(MachineResult.For(StopReason.Error, $"still runs after {LimitMs / 1000} s")), null, LimitMs, Timeout.Infinite);
             },
         }, log);
         _log = log.ToString().Trim();
-        if (status == 4)
-        {
-            throw new InvalidOperationException(_log);
-        }
-
+        status.Should().NotBe(4, _log);
         return status;
     }
 

@@ -94,16 +94,10 @@ public sealed class RingBlockBackendTests : IDisposable
         File.ReadAllBytes(_path).AsSpan().SequenceEqual(model).Should().BeTrue();
     }
 
-    [SeveralProcessorsFact]
+    [RingFact(severalProcessors: true)]
     public void LargeRequests_WithFollowers_RunBesideTheCaller()
     {
-        using IBlockBackend disk = Open(BlockCacheMode.WriteBack);
-        if (disk is not RingBlockBackend ring)
-        {
-            disk.Should().BeOfType<ThreadedBlockBackend>("this host has no io_uring");
-            return;
-        }
-
+        using var ring = (RingBlockBackend)Open(BlockCacheMode.WriteBack);
         var random = new Random(8);
         byte[] data = new byte[256 << 10];
         foreach (BlockOperation operation in (ReadOnlySpan<BlockOperation>)[BlockOperation.Write, BlockOperation.Read])
@@ -125,7 +119,7 @@ public sealed class RingBlockBackendTests : IDisposable
                 Copy(request, new byte[data.Length], toMemory: true);
             }
 
-            disk.Submit(request);
+            ring.Submit(request);
             request.Wait().Should().Be(BlockStatus.Ok);
             request.Thread.Should().NotBe(Environment.CurrentManagedThreadId);
             byte[] got = new byte[data.Length];
@@ -136,25 +130,19 @@ public sealed class RingBlockBackendTests : IDisposable
         ring.ParallelRequests.Should().Be(2);
         var last = new Request(mayCompleteInline: true) { Operation = BlockOperation.Write, LengthBytes = data.Length };
         Place(last, 0, random);
-        disk.Submit(last);
+        ring.Submit(last);
         last.Wait().Should().Be(BlockStatus.Ok);
         ring.ParallelRequests.Should().Be(2, "nothing follows it");
     }
 
-    [Fact]
+    [RingFact]
     public void Read_OfCachedData_CompletesInsideSubmit()
     {
-        using IBlockBackend disk = Open(BlockCacheMode.WriteBack);
-        if (disk is not RingBlockBackend ring)
-        {
-            disk.Should().BeOfType<ThreadedBlockBackend>("this host has no io_uring");
-            return;
-        }
-
+        using var ring = (RingBlockBackend)Open(BlockCacheMode.WriteBack);
         File.ReadAllBytes(_path).Should().HaveCount(DiskBytes, "that fills the page cache");
         var request = new Request(mayCompleteInline: true) { Operation = BlockOperation.Read, LengthBytes = 4096 };
         Place(request, 0, new Random(1));
-        disk.Submit(request);
+        ring.Submit(request);
         request.Wait().Should().Be(BlockStatus.Ok);
         ring.InlineReads.Should().BeInRange(0, 1, "a file system may not know how; then the ring does it");
         if (ring.InlineReads == 1)
@@ -164,7 +152,7 @@ public sealed class RingBlockBackendTests : IDisposable
 
         var strict = new Request { Operation = BlockOperation.Read, LengthBytes = 4096 };
         Place(strict, 0, new Random(1));
-        disk.Submit(strict);
+        ring.Submit(strict);
         strict.Wait().Should().Be(BlockStatus.Ok);
         strict.Thread.Should().NotBe(Environment.CurrentManagedThreadId, "it did not allow that");
     }
@@ -318,9 +306,17 @@ public sealed class RingBlockBackendTests : IDisposable
         }
     }
 
+    /// <summary>A test of the ring alone; skipped, with the reason, where disks have threads.</summary>
     [AttributeUsage(AttributeTargets.Method)]
-    private sealed class SeveralProcessorsFactAttribute : FactAttribute
+    private sealed class RingFactAttribute : FactAttribute
     {
-        public SeveralProcessorsFactAttribute() => Skip = Environment.ProcessorCount == 1 ? "one processor" : null;
+        public RingFactAttribute(bool severalProcessors = false)
+        {
+            SeveralProcessors = severalProcessors;
+            using IoUring? ring = IoUring.TryOpen(4);
+            Skip = ring is null ? "this kernel has no io_uring" : severalProcessors && Environment.ProcessorCount == 1 ? "one processor" : null;
+        }
+
+        public bool SeveralProcessors { get; }
     }
 }

@@ -445,13 +445,7 @@ public sealed class UserNetworkTests : IDisposable
     public void RouterSolicitation_GetsPrefixAndDns()
     {
         NetGuest guest = MakeGuest();
-        byte[] packet = new byte[48];
-        packet[0] = 0x60;
-        packet[5] = 8;
-        packet[6] = 58;
-        packet[7] = 255;
-        IPAddress.Parse("fe80::15").GetAddressBytes().CopyTo(packet, 8);
-        IPAddress.Parse("ff02::2").GetAddressBytes().CopyTo(packet, 24);
+        byte[] packet = Ipv6("fe80::15", "ff02::2", 58, 255, 8);
         packet[40] = 133;
         guest.Send([0x33, 0x33, 0, 0, 0, 2], 0x86DD, packet);
         byte[] advert = guest.Wait(frame => frame[12] == 0x86 && frame[54] == 134);
@@ -462,19 +456,26 @@ public sealed class UserNetworkTests : IDisposable
         advert.AsSpan(54 + 16 + 8 + 8 + 16, 16).ToArray().Should().Equal(prefix);
     }
 
+    // RFC 8200 §3: the header, with room for the payload behind it.
+    private static byte[] Ipv6(string source, string destination, byte nextHeader, byte hopLimit, byte payloadBytes)
+    {
+        byte[] packet = new byte[40 + payloadBytes];
+        packet[0] = 0x60;
+        packet[5] = payloadBytes;
+        packet[6] = nextHeader;
+        packet[7] = hopLimit;
+        IPAddress.Parse(source).GetAddressBytes().CopyTo(packet, 8);
+        IPAddress.Parse(destination).GetAddressBytes().CopyTo(packet, 24);
+        return packet;
+    }
+
     [Loopback6Fact]
     public async Task Tcp6_ToGateway_ReachesLoopback()
     {
         NetGuest guest = MakeGuest();
         using var host = new TcpListener(IPAddress.IPv6Loopback, 0);
         host.Start();
-        byte[] packet = new byte[60];
-        packet[0] = 0x60;
-        packet[5] = 20;
-        packet[6] = 6;
-        packet[7] = 64;
-        IPAddress.Parse("fd76:6d6d::15").GetAddressBytes().CopyTo(packet, 8);
-        IPAddress.Parse("fd76:6d6d::2").GetAddressBytes().CopyTo(packet, 24);
+        byte[] packet = Ipv6("fd76:6d6d::15", "fd76:6d6d::2", 6, 64, 20);
         BinaryPrimitives.WriteUInt16BigEndian(packet.AsSpan(40), 4000);
         BinaryPrimitives.WriteUInt16BigEndian(packet.AsSpan(42), PortOf(host));
         packet[52] = 0x50;
