@@ -128,7 +128,7 @@ public sealed class UserNetwork : INetBackend
         {
             if (options.SwitchDirectory is { } directory)
             {
-                _switch = new VmSwitch(directory, GuestMac, OnSwitchFrame);
+                _switch = new VmSwitch(directory, GuestMac, _time, OnSwitchFrame);
                 GuestAddress = _switch.Claim(_network4, options.GuestHost, options.HostName);
                 _switch.Start(Watch);
             }

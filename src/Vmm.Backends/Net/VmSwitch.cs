@@ -44,19 +44,22 @@ internal sealed class VmSwitch : IDisposable
     private readonly Dictionary<ulong, UnixDomainSocketEndPoint> _peers = [];
     private readonly Action<byte[], int, int, NetOffload> _onFrame;
     private readonly ulong _mac;
+    private readonly TimeProvider _time;
     private IPollRegistration? _registration;
     private string? _lease;
-    private long _scannedMs = long.MinValue / 2;
+    private long? _scanned;
     private long _dropped;
 
     /// <summary>Joins.</summary>
     /// <param name="directory">Made if it does not exist.</param>
     /// <param name="mac">Our port's name.</param>
+    /// <param name="time">Measures how long the list of ports is good for.</param>
     /// <param name="onFrame">Gets (buffer, offset, length, offload) on the loop's thread.</param>
-    public VmSwitch(string directory, ulong mac, Action<byte[], int, int, NetOffload> onFrame)
+    public VmSwitch(string directory, ulong mac, TimeProvider time, Action<byte[], int, int, NetOffload> onFrame)
     {
         _directory = directory;
         _mac = mac;
+        _time = time;
         _onFrame = onFrame;
         if (!OperatingSystem.IsWindows())
         {
@@ -66,9 +69,17 @@ internal sealed class VmSwitch : IDisposable
         _path = Path.Combine(directory, Name(mac) + SocketSuffix);
         File.Delete(_path);
         _socket = new Socket(AddressFamily.Unix, SocketType.Dgram, ProtocolType.Unspecified) { Blocking = false };
-        _socket.SendBufferSize = SocketBufferBytes;
-        _socket.ReceiveBufferSize = SocketBufferBytes;
-        _socket.Bind(new UnixDomainSocketEndPoint(_path));
+        try
+        {
+            _socket.SendBufferSize = SocketBufferBytes;
+            _socket.ReceiveBufferSize = SocketBufferBytes;
+            _socket.Bind(new UnixDomainSocketEndPoint(_path));
+        }
+        catch
+        {
+            _socket.Dispose();
+            throw;
+        }
     }
 
     /// <summary>Frames that found no room at their destination.</summary>
@@ -143,11 +154,11 @@ internal sealed class VmSwitch : IDisposable
         lock (_gate)
         {
             bool group = Mac.IsGroup(to);
-            long now = Environment.TickCount64;
-            if ((group || !_peers.ContainsKey(to)) && now - _scannedMs > RescanMs)
+            if ((group || !_peers.ContainsKey(to))
+                && (_scanned is not { } scanned || _time.GetElapsedTime(scanned).TotalMilliseconds > RescanMs))
             {
                 Scan();
-                _scannedMs = now;
+                _scanned = _time.GetTimestamp();
             }
 
             if (!group)
