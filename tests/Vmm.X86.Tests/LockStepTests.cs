@@ -406,7 +406,12 @@ public sealed class LockStepTests
                 a.cmp(x, y);
                 break;
             case 18:
+                // RSP is popped last and kept, as at the end of Linux' system calls.
                 a.rcr(x, (byte)1);
+                a.push(x);
+                a.push(rsp);
+                a.pop(rsp);
+                a.pop(y);
                 break;
             case 20:
             case 21:

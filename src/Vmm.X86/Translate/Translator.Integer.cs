@@ -640,13 +640,14 @@ internal sealed unsafe partial class Translator
     private void EmitPop(in Instruction instruction)
     {
         int number = Number(instruction.Op0Register);
+        HostMemory top = CheckPop();
         if (number == Host.Rsp)
         {
-            CallHandler();
+            // What is popped replaces the incremented RSP. Never in a group: its base changes.
+            _e.Load(Host.GuestRsp, top);
             return;
         }
 
-        HostMemory top = CheckPop();
         int host = IsSpilled(number) ? Host.T0 : number;
         _e.Load(host, top);
         MoveRsp(8);
