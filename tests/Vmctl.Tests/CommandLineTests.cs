@@ -71,7 +71,7 @@ public sealed class ValidateTests
     public void Sample_IsValidAsText()
     {
         VmctlProcess.Run("validate", "--text-only", VmctlProcess.Root + "/config/sample.yaml")
-            .Should().Be(new Outcome(0, "3 VMs, no errors\n", string.Empty));
+            .Should().Be(new Outcome(0, "4 VMs, no errors\n", string.Empty));
     }
 
     [Fact]
