@@ -83,7 +83,10 @@ internal unsafe struct Block
     /// <summary>The page's generation when the bytes were read (for young blocks).</summary>
     public int DecodedGeneration;
 
-    /// <summary>Only entered through the jump cache or the hash; holds an instruction that crosses into another page.</summary>
+    /// <summary>
+    /// 1 when it holds an instruction that crosses into another page, which is its only one. The interpreter enters it
+    /// through the jump cache or the hash only; generated code of it looks itself (Translate/Translator.Branches.cs).
+    /// </summary>
     public int Crosses;
 
     /// <summary>Page of the crossing instruction's tail.</summary>
@@ -106,6 +109,12 @@ internal unsafe struct Block
 
     /// <summary>Next block with generated code in the same page.</summary>
     public Block* NextNative;
+
+    /// <summary>Next block with generated code that crosses into the same page.</summary>
+    public Block* NextTail;
+
+    /// <summary>Where generated code compares what <see cref="CodeCache.LinkFar"/> states; null unless it crosses.</summary>
+    public byte* TailSite;
 
     /// <summary>Exit record of the block's own address.</summary>
     public int SelfExit;

@@ -416,7 +416,7 @@ public sealed unsafe partial class SoftVcpu
             cpu->BlockRip = cpu->Rip;
             Insn* insn = block->First;
             Status status;
-            if (block->EntryFlagImage != null || Heat(cpu, block))
+            if ((block->EntryFlagImage != null || Heat(cpu, block)) && MayEnter(cpu, block))
             {
                 status = RunTranslated(cpu, block, &insn);
                 block = cpu->CurrentBlock;

@@ -36,6 +36,9 @@ internal enum ExitKindOfCode
 
     /// <summary>A direct branch to another page: Site is its start, with the layout of <see cref="FarBranch"/>.</summary>
     Far,
+
+    /// <summary>The entry of a block that crosses into another page, where that is not known to be the same: nothing to patch.</summary>
+    Tail,
 }
 
 /// <summary>
@@ -53,6 +56,9 @@ internal enum ExitKindOfCode
 /// 57 bits do not: code with CR4.LA57 compares the tag by itself, in front of all that.
 ///
 ///     cmp word gs:[BranchTag], imm16; jne probe
+///
+/// A block with an instruction that crosses into another page starts with the same, in front of its own body: the other
+/// page is the second one's, CodeBase stays, and instead of a probe there is the exit.
 /// </summary>
 internal static class FarBranch
 {
@@ -109,11 +115,13 @@ internal sealed unsafe class CodeCache : IDisposable
     /// <summary>Length of each of the two exits of a dead block.</summary>
     public const int StaleBytes = 11;
 
+    private const byte JumpOpcode = 0xE9;
     private const int MaxExits = 1 << 19;
     private const int FirstCold = SoftHypervisor.ArenaBytes / 2;
     private readonly ThunkCache _owner;
     private readonly byte* _write;
     private readonly Block** _pages;
+    private readonly Block** _tails;
     private readonly int _firstBlock;
     private int _used;
     private int _cold;
@@ -126,6 +134,7 @@ internal sealed unsafe class CodeCache : IDisposable
         ExecuteDelta = executeDelta;
         Exits = (ExitRecord*)NativeMemory.Alloc(MaxExits, (nuint)sizeof(ExitRecord));
         _pages = (Block**)NativeMemory.AllocZeroed(VmShared.CodeEntries, (nuint)sizeof(Block*));
+        _tails = (Block**)NativeMemory.AllocZeroed(VmShared.CodeEntries, (nuint)sizeof(Block*));
         var emitter = new Emitter(write);
         Stubs = new CodeStubs(ref emitter, executeDelta);
         _firstBlock = (int)(emitter.At - write + 63) & ~63;
@@ -169,6 +178,7 @@ internal sealed unsafe class CodeCache : IDisposable
         _cold = FirstCold;
         _exits = 0;
         NativeMemory.Clear(_pages, (nuint)(VmShared.CodeEntries * sizeof(Block*)));
+        NativeMemory.Clear(_tails, (nuint)(VmShared.CodeEntries * sizeof(Block*)));
     }
 
     /// <summary>Reserves an exit record.</summary>
@@ -191,28 +201,50 @@ internal sealed unsafe class CodeCache : IDisposable
     {
         _used = (int)(end - _write + 15) & ~15;
         _cold = (int)(coldEnd - _write + 3) & ~3;
-        ref Block* head = ref _pages[PageIndex(cpu, block)];
+        ref Block* head = ref _pages[PageIndex(cpu, block->PageGeneration)];
         block->NextNative = head;
         head = block;
+        if (block->Crosses != 0)
+        {
+            ref Block* tail = ref _tails[PageIndex(cpu, block->PageGeneration2)];
+            block->NextTail = tail;
+            tail = block;
+        }
     }
 
-    /// <summary>Cuts off the blocks of a page (a CodeInfo's index) that are older than its generation.</summary>
-    public void Cut(int index) => Cut(index, null);
+    /// <summary>
+    /// Cuts off the blocks of a page (a CodeInfo's index), and those that cross into it, that are older than its generation.
+    /// </summary>
+    public void Cut(CpuContext* cpu, int index)
+    {
+        Cut(cpu, index, null);
+        Block* block = _tails[index];
+        while (block != null)
+        {
+            Block* next = block->NextTail;
+            if (block->Generation2 != *block->PageGeneration2)
+            {
+                Retire(cpu, block);
+            }
+
+            block = next;
+        }
+    }
 
     /// <summary>Cuts off one block, so that it is translated again.</summary>
-    public void Retire(CpuContext* cpu, Block* block) => Cut(PageIndex(cpu, block), block);
+    public void Retire(CpuContext* cpu, Block* block) => Cut(cpu, PageIndex(cpu, block->PageGeneration), block);
 
-    /// <summary>Lets a branch to another page go to its target directly.</summary>
+    /// <summary>Lets a branch to another page go to its target directly, in the present address space and mode.</summary>
     /// <param name="cpu">Its context.</param>
     /// <param name="site">Start of the branch.</param>
-    /// <param name="expected">CodeBase at the branch, xor-ed with the tag word.</param>
-    /// <param name="page">CodeBase at the target.</param>
+    /// <param name="from">CodeBase at the branch.</param>
+    /// <param name="page">The page whose mapping ends it: CodeBase at the target.</param>
     /// <param name="target">The target's entry.</param>
     // SAFETY: the layout is FarBranch's, and the thread that executes this code is here and not there.
-    public void LinkFar(CpuContext* cpu, byte* site, ulong expected, ulong page, byte* target)
+    public void LinkFar(CpuContext* cpu, byte* site, ulong from, ulong page, byte* target)
     {
-        const byte jumpOpcode = 0xE9;
-        if (*site == jumpOpcode)
+        // One that led to another page stays listed with that, too: to be unlinked in vain does no harm.
+        if (*site == JumpOpcode || *(ulong*)(site + FarBranch.Page) != page)
         {
             if (cpu->Blocks.FarCount == BlockCache.MaxFarSites)
             {
@@ -222,19 +254,28 @@ internal sealed unsafe class CodeCache : IDisposable
             cpu->Blocks.FarSites[cpu->Blocks.FarCount] = site;
             cpu->Blocks.FarPages[cpu->Blocks.FarCount++] = page;
         }
-        else if (*(ulong*)(site + FarBranch.Page) != page)
+
+        ushort tag = SoftVcpu.Tag(cpu);
+        *(ulong*)(site + FarBranch.Expected) = from ^ ((ulong)tag << 48);
+        *(ulong*)(site + FarBranch.Page) = page;
+        if ((cpu->ModeKey & BlockKey.La57) != 0)
         {
-            // It is listed with another page: forget that one by forgetting all.
-            cpu->Blocks.UnlinkFar();
-            return;
+            *(ushort*)(site + FarBranch.Tag) = tag;
         }
 
-        *(ulong*)(site + FarBranch.Expected) = expected;
-        *(ulong*)(site + FarBranch.Page) = page;
         byte* jump = site + FarBranch.Exit;
         *(int*)(jump - 4) = (int)(target - ExecuteDelta - jump);
         var emitter = new Emitter(site);
         emitter.Nop5();
+    }
+
+    /// <summary>What <see cref="LinkFar"/> would state is stated.</summary>
+    public static bool IsLinked(CpuContext* cpu, byte* site, ulong from, ulong page)
+    {
+        ushort tag = SoftVcpu.Tag(cpu);
+        return *site != JumpOpcode && *(ulong*)(site + FarBranch.Expected) == (from ^ ((ulong)tag << 48)) &&
+            *(ulong*)(site + FarBranch.Page) == page &&
+            ((cpu->ModeKey & BlockKey.La57) == 0 || *(ushort*)(site + FarBranch.Tag) == tag);
     }
 
     /// <summary>Lets a branch to another page ask the dispatcher.</summary>
@@ -261,11 +302,12 @@ internal sealed unsafe class CodeCache : IDisposable
     {
         NativeMemory.Free(Exits);
         NativeMemory.Free(_pages);
+        NativeMemory.Free(_tails);
         _owner.ReturnArena(_write);
     }
 
     // One block of a page, or (null) all that are stale.
-    private void Cut(int index, Block* which)
+    private void Cut(CpuContext* cpu, int index, Block* which)
     {
         Block** at = &_pages[index];
         while (*at != null)
@@ -278,12 +320,23 @@ internal sealed unsafe class CodeCache : IDisposable
             }
 
             *at = block->NextNative;
-            Detach(block);
+            Detach(cpu, block);
         }
     }
 
-    private void Detach(Block* block)
+    private void Detach(CpuContext* cpu, Block* block)
     {
+        if (block->Crosses != 0)
+        {
+            Block** at = &_tails[PageIndex(cpu, block->PageGeneration2)];
+            while (*at != block)
+            {
+                at = &(*at)->NextTail;
+            }
+
+            *at = block->NextTail;
+        }
+
         byte* stale = Exits[block->SelfExit].Site;
         PatchEntry(block->EntryHostFlags, stale);
         PatchEntry(block->EntryFlagImage, stale + StaleBytes);
@@ -291,9 +344,10 @@ internal sealed unsafe class CodeCache : IDisposable
         block->EntryFlagImage = null;
     }
 
-    private static int PageIndex(CpuContext* cpu, Block* block)
+    // The number of the CodeInfo whose generation it is.
+    private static int PageIndex(CpuContext* cpu, int* generation)
     {
-        var info = (CodeInfo*)((byte*)block->PageGeneration - (nint)sizeof(long));
+        var info = (CodeInfo*)((byte*)generation - (nint)sizeof(long));
         return (int)(info - cpu->Shared->Code);
     }
 

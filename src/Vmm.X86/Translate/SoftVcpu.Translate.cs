@@ -30,10 +30,10 @@ public sealed unsafe partial class SoftVcpu
     /// <summary>Blocks that the interpreter executed while the vCPU translates.</summary>
     internal long Interpreted { get; private set; }
 
-    /// <summary>Of those, blocks that cross a page.</summary>
+    /// <summary>Of those, blocks of an instruction that crosses a page.</summary>
     internal long InterpretedCrossing { get; private set; }
 
-    internal const int ReasonHandler = (int)ExitKindOfCode.Far + 1;
+    internal const int ReasonHandler = (int)ExitKindOfCode.Tail + 1;
     internal const int ReasonInterpret = ReasonHandler + 1;
 
     /// <summary>Null when everything is interpreted.</summary>
@@ -88,9 +88,9 @@ public sealed unsafe partial class SoftVcpu
         }
 
         block->Hits = 0;
-        if ((block->Key & (BlockKey.SizeMask | BlockKey.Single)) != 2 || block->Crosses != 0 ||
-            block->PageGeneration == null || block->Generation < 0 ||
-            block->Generation != *block->PageGeneration)
+        if ((block->Key & (BlockKey.SizeMask | BlockKey.Single)) != 2 ||
+            block->PageGeneration == null || block->Generation < 0 || block->Generation != *block->PageGeneration ||
+            (block->Crosses != 0 && block->Generation2 != *block->PageGeneration2))
         {
             return false;
         }
@@ -108,6 +108,42 @@ public sealed unsafe partial class SoftVcpu
             return false;
         }
 
+        return true;
+    }
+
+    // Whether generated code may be entered of a block that the dispatcher has just found, and so knows to be what RIP
+    // leads to. One that crosses into another page has to take that for granted until its mapping changes.
+    private bool MayEnter(CpuContext* cpu, Block* block)
+    {
+        if (block->Crosses == 0 || LinkTail(cpu, block))
+        {
+            return true;
+        }
+
+        Interpreted++;
+        InterpretedCrossing++;
+        return false;
+    }
+
+    // False when it is not to be had: the second page is not global while branches have the kernel's tag, or its tables no
+    // longer say what the jump cache says (which is the guest's business until INVLPG, but not to be made to last).
+    private bool LinkTail(CpuContext* cpu, Block* block)
+    {
+        ulong from = cpu->Rip & ~Mem.PageOffset;
+        ulong tail = from + 4096;
+        byte* site = block->TailSite;
+        if (CodeCache.IsLinked(cpu, site, from, tail))
+        {
+            return true;
+        }
+
+        if (!IsLasting(cpu, tail, block->Physical2))
+        {
+            return false;
+        }
+
+        cpu->Blocks.AddBranchPage(tail);
+        _code!.LinkFar(cpu, site, from, tail, site + FarBranch.Probe + _code.ExecuteDelta);
         return true;
     }
 
@@ -190,7 +226,7 @@ public sealed unsafe partial class SoftVcpu
     {
         int index = _exit;
         _exit = -1;
-        if (next->EntryFlagImage == null || next->Crosses != 0 || _code!.Clears != cpu->Blocks.Clears)
+        if (next->EntryFlagImage == null || _code!.Clears != cpu->Blocks.Clears)
         {
             return;
         }
@@ -204,13 +240,7 @@ public sealed unsafe partial class SoftVcpu
             case ExitKindOfCode.Far:
                 if (InsertBranch(cpu, next))
                 {
-                    ulong tags = (ulong)Tag(cpu) << 48;
-                    _code.LinkFar(
-                        cpu, exit->Site, cpu->CodeBase ^ tags, cpu->Rip & ~Mem.PageOffset, next->EntryFlagImage);
-                    if ((next->Key & BlockKey.La57) != 0)
-                    {
-                        *(ushort*)(exit->Site + FarBranch.Tag) = Tag(cpu);
-                    }
+                    _code.LinkFar(cpu, exit->Site, cpu->CodeBase, cpu->Rip & ~Mem.PageOffset, next->EntryFlagImage);
                 }
                 else
                 {
@@ -237,13 +267,10 @@ public sealed unsafe partial class SoftVcpu
         next->Physical == (exit->Source->Physical & ~Mem.PageOffset) + (ulong)exit->Offset &&
         next->Key == exit->Source->Key && exit->Offset is >= 0 and <= 4095;
 
-    // The kernel's branches are the same in every address space where its pages are global: they have the tag of the
-    // supervisor's TLB. Branches to pages that are not global are not kept then.
     private static bool InsertBranch(CpuContext* cpu, Block* next)
     {
         ulong linear = cpu->Rip;
-        if (IsShared(cpu) && (!Paging.Translate(cpu, linear, Access.Execute, MmuMode.Supervisor, out Translation page) ||
-            !page.IsGlobal))
+        if (!IsLasting(cpu, linear, next->Physical))
         {
             return false;
         }
@@ -259,6 +286,14 @@ public sealed unsafe partial class SoftVcpu
         cpu->Blocks.AddBranchPage(linear);
         return true;
     }
+
+    // Whether code may take for granted, under the present tag, that a page is where a block was found. The kernel's branches
+    // are the same in every address space where its pages are global: they have the tag of the supervisor's TLB. Those to
+    // pages that are not global are not kept then; nor those to a page that is global by now, but elsewhere: the address
+    // space's own, older translation may be used until it is left, and no longer.
+    private static bool IsLasting(CpuContext* cpu, ulong linear, ulong physical) =>
+        !IsShared(cpu) || (Paging.Translate(cpu, linear, Access.Execute, MmuMode.Supervisor, out Translation page) &&
+            page.IsGlobal && page.Physical == physical);
 
     private static bool IsShared(CpuContext* cpu) =>
         (cpu->ModeKey & BlockKey.User) == 0 && (cpu->Cr4 & Cr4.Pge) != 0;
@@ -318,7 +353,7 @@ public sealed unsafe partial class SoftVcpu
 
         for (; seen < now; seen++)
         {
-            _code.Cut(cpu->Shared->CodeWriteRing[seen & (VmShared.RingEntries - 1)]);
+            _code.Cut(cpu, cpu->Shared->CodeWriteRing[seen & (VmShared.RingEntries - 1)]);
         }
     }
 
@@ -458,7 +493,7 @@ public sealed unsafe partial class SoftVcpu
     private void RememberBranch(CpuContext* cpu, Block* block)
     {
         _wantsBranch = false;
-        if (block->EntryFlagImage != null && block->Crosses == 0 && _code!.Clears == cpu->Blocks.Clears)
+        if (block->EntryFlagImage != null && _code!.Clears == cpu->Blocks.Clears)
         {
             InsertBranch(cpu, block);
         }

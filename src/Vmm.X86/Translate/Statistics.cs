@@ -132,6 +132,7 @@ internal static unsafe class Statistics
             new("exits-indirect", vcpu.Leavings[(int)ExitKindOfCode.Indirect]),
             new("exits-poll", vcpu.Leavings[(int)ExitKindOfCode.Poll]),
             new("exits-far", vcpu.Leavings[(int)ExitKindOfCode.Far]),
+            new("exits-tail", vcpu.Leavings[(int)ExitKindOfCode.Tail]),
             new("exits-handler", vcpu.Leavings[SoftVcpu.ReasonHandler]),
             new("exits-interpret", vcpu.Leavings[SoftVcpu.ReasonInterpret]),
             new("blocks-interpreted", vcpu.Interpreted),

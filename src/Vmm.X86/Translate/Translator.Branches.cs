@@ -149,7 +149,40 @@ internal sealed unsafe partial class Translator
     // A direct branch to another page, with the flags in the image. Layout: FarBranch.
     private void EmitFarBranch(int offset)
     {
-        byte* otherTag = null;
+        byte* site = EmitFarCheck(out byte* otherTag, out byte* other);
+        _e.Store(HostMemory.Context(Offsets.CodeBase), Host.T0);
+        _e.JumpForward();
+        CodeCache.UnlinkFar(site);
+        int exit = _cache.AddExit(ExitKindOfCode.Far, _block, PageOffset + offset, site, false);
+        _e.MoveImmediate(Host.T0, (uint)exit);
+        _e.Jump(_cache.Stubs.ExitFlagImage);
+        LandFarCheck(otherTag, other);
+        _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
+        _e.AluImmediate(AluOp.Add, Host.T0, offset + PageOffset);
+        EmitBranchProbe(exit);
+    }
+
+    // In front of the body of a block that crosses into another page, with the flags in the image. Layout: FarBranch.
+    private void EmitTailCheck()
+    {
+        byte* site = EmitFarCheck(out byte* otherTag, out byte* other);
+        _block->TailSite = site;
+
+        // As long as the store that stands here in a branch.
+        _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
+        byte* body = _e.JumpForward();
+        CodeCache.UnlinkFar(site);
+        LandFarCheck(otherTag, other);
+        int exit = _cache.AddExit(ExitKindOfCode.Tail, _block, PageOffset, site, false);
+        _e.MoveImmediate(Host.T0, (uint)exit);
+        _e.Jump(_cache.Stubs.ExitFlagImage);
+        _e.Land(body);
+    }
+
+    // The part of the layout in front of the change of CodeBase.
+    private byte* EmitFarCheck(out byte* otherTag, out byte* other)
+    {
+        otherTag = null;
         if (IsLa57)
         {
             _e.CompareWord(HostMemory.Context(Offsets.BranchTag), SoftVcpu.Tag(_cpu));
@@ -162,23 +195,18 @@ internal sealed unsafe partial class Translator
         _e.Alu(AluOp.Xor, Host.T0, HostMemory.Context(Offsets.Request));
         _e.MoveImmediate64(Host.T1, 0);
         _e.Alu(AluOp.Cmp, Host.T0, Host.T1);
-        byte* other = _e.JumpIf(HostCondition.NotEqual);
+        other = _e.JumpIf(HostCondition.NotEqual);
         _e.MoveImmediate64(Host.T0, 0);
-        _e.Store(HostMemory.Context(Offsets.CodeBase), Host.T0);
-        _e.JumpForward();
-        CodeCache.UnlinkFar(site);
-        int exit = _cache.AddExit(ExitKindOfCode.Far, _block, PageOffset + offset, site, false);
-        _e.MoveImmediate(Host.T0, (uint)exit);
-        _e.Jump(_cache.Stubs.ExitFlagImage);
+        return site;
+    }
+
+    private void LandFarCheck(byte* otherTag, byte* other)
+    {
         _e.Land(other);
         if (otherTag != null)
         {
             _e.Land(otherTag);
         }
-
-        _e.Load(Host.T0, HostMemory.Context(Offsets.CodeBase));
-        _e.AluImmediate(AluOp.Add, Host.T0, offset + PageOffset);
-        EmitBranchProbe(exit);
     }
 
     // A branch to a computed address, or one (record -1) whose target the translator knows to be as good as canonical;

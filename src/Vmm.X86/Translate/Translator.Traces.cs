@@ -68,7 +68,7 @@ internal sealed unsafe partial class Translator
         _count = 0;
         _isTrace = false;
         Append(_block);
-        if (_cpu->CountsBlocks != 0 || (_block->Key & BlockKey.User) == 0)
+        if (_cpu->CountsBlocks != 0 || (_block->Key & BlockKey.User) == 0 || _block->Crosses != 0)
         {
             return;
         }

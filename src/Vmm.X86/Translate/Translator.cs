@@ -382,7 +382,7 @@ internal sealed unsafe partial class Translator
             _inHost = false;
             _inImage = false;
         }
-        else if (vectors || x87 || IsExact || StartsInImage())
+        else if (vectors || x87 || IsExact || _block->Crosses != 0 || StartsInImage())
         {
             CodeStubs.SaveFlags(ref _e, Host.T1);
             image = _e.At;
@@ -402,6 +402,13 @@ internal sealed unsafe partial class Translator
         _block->EntryHostFlags = host + _cache.ExecuteDelta;
         _block->EntryFlagImage = image + _cache.ExecuteDelta;
         byte* body = _e.At;
+        if (_block->Crosses != 0)
+        {
+            // The entry may be overwritten on its own.
+            _e.Nop5();
+            EmitTailCheck();
+        }
+
         if (_cpu->CountsBlocks != 0)
         {
             // The whole block; who leaves it early takes back the rest (SoftVcpu.Translate.cs). LEA keeps the flags.
