@@ -288,11 +288,15 @@ public sealed class PageCrossingTests
     }
 
     // One changes the instruction and then a number; the other reads the number, serializes and must not meet an older
-    // instruction. At the same time, on two threads.
-    [Fact]
-    public async Task SecondPage_WrittenToWhileAnotherVcpuLoops_IsNeverOlderThanWhatItHasSeen()
+    // instruction: one across two pages, and one in the same page, to which generated code goes without a look at requests.
+    // At the same time, on two threads.
+    [Theory]
+    [InlineData(true)]
+    [InlineData(false)]
+    public async Task Instruction_WrittenToWhileAnotherVcpuLoops_IsNeverOlderThanWhatThatHasSeen(bool crosses)
     {
-        const uint last = 2000;
+        const uint last = 400;
+        ulong patched = crosses ? Guest.Tail(0) : 0x20800;
         const ulong number = 0x48000;
         using var guest = new Guest(form: 0, translateAfter: 1, vcpus: 2, isFirstGlobal: true);
         TestVm vm = guest.Vm;
@@ -302,12 +306,27 @@ public sealed class PageCrossingTests
             Label old = a.CreateLabel();
             a.xor(ebp, ebp);
             a.Label(ref again);
+
+            // Longer than the other one needs from its request to its number.
+            for (int i = 0; i < 400; i++)
+            {
+                a.imul(r9, r9);
+            }
+
             a.mov(edi, __dword_ptr[number]);
             a.xor(eax, eax);
             a.cpuid();
             a.xor(eax, eax);
-            a.mov(rsi, (long)Guest.At + 0xFFE);
-            a.call(rsi);
+            if (crosses)
+            {
+                a.mov(rsi, (long)Guest.At + 0xFFE);
+                a.call(rsi);
+            }
+            else
+            {
+                a.call(patched - 1);
+            }
+
             a.inc(ebp);
             a.cmp(eax, edi);
             a.jb(old);
@@ -325,9 +344,9 @@ public sealed class PageCrossingTests
             a.xor(eax, eax);
             a.Label(ref again);
             a.inc(eax);
-            a.mov(__dword_ptr[Guest.Tail(0)], eax);
+            a.mov(__dword_ptr[patched], eax);
             a.mov(__dword_ptr[number], eax);
-            a.mov(ecx, 200);
+            a.mov(ecx, 1_000_000);
             a.Label(ref wait);
             a.dec(ecx);
             a.jne(wait);
@@ -336,9 +355,10 @@ public sealed class PageCrossingTests
             a.hlt();
         });
 
-        // ADD EAX, imm32, whose immediate is the second page's, and RET.
+        // ADD EAX, imm32, in two encodings, and RET.
         vm.Write16(Guest.First + 0xFFE, 0xC081);
-        vm.Write64(Guest.Tail(0), 0xC3UL << 32);
+        vm.Memory[0x207FF] = 0x05;
+        vm.Write64(patched, 0xC3UL << 32);
         guest.ShareTail();
         CpuState state = vm.State;
         state.Rip = 0x21000;

@@ -201,10 +201,14 @@ internal sealed unsafe partial class Translator
         }
     }
 
-    // In line when it is the leaf that the handler executed last, unless that depends on a register (LastCpuid).
+    // In line when it is the leaf that the handler executed last, unless that depends on a register (LastCpuid). It
+    // serializes: who has seen a number that another vCPU stored behind a change of code must not go on in the old code
+    // (SDM 3A 8.1.3), and the request for that was there before the number.
     private void EmitCpuid()
     {
         FreeFlags();
+        _e.AluImmediate8(AluOp.Cmp, HostMemory.Context(Offsets.Request), 0);
+        SlowJump(_e.JumpIf(HostCondition.NotEqual));
         _e.Move32(Host.T0, Host.Rax);
         _e.Move32(Host.T1, Host.Rcx);
         _e.Shift(4, Host.T1, 32);
