@@ -135,6 +135,43 @@ add_driver_tests() {
 	ln -sf "$dotnet_root/dotnet" "$1/bin/dotnet"
 }
 
+# live LOG SECONDS QEMU-ARGUMENT...: one life of a test host in QEMU, its console added to LOG. It ends by itself, after
+# SECONDS, or when the console has said nothing for $SILENCE_SECONDS: then what its processors are at is added to LOG too,
+# in lines that begin with "# ". Sets status to QEMU's, or to 124.
+live() {
+	console=$1
+	deadline=$(($(date +%s) + $2))
+	shift 2
+	monitor=${console%.log}.monitor
+	rm -f "$monitor"
+	mkfifo "$monitor"
+	exec 9<>"$monitor"
+	qemu-system-x86_64 "$@" -nodefaults -display none -no-reboot -chardev "file,id=console,path=$console,append=on" \
+		-serial chardev:console -monitor stdio <&9 >"$monitor.out" 2>&1 &
+	host=$!
+	size=
+	while kill -0 $host 2>/dev/null; do
+		sleep 1
+		now=$(date +%s)
+		if [ "$(wc -c <"$console")" != "$size" ]; then
+			size=$(wc -c <"$console")
+			spoke=$now
+		elif [ $((now - spoke)) -gt "${SILENCE_SECONDS:-240}" ] || [ "$now" -gt $deadline ]; then
+			echo 'info registers -a' >&9
+			sleep 2
+			kill -KILL $host
+			echo
+			echo "# the test host was ended $((now - spoke)) s after its last word; its processors:"
+			tr -d '\r' <"$monitor.out" | grep -E '^(CPU|R[A-Z0-9 ]+=|[CDEFGS]S =|CR)' | sed 's/^/# /'
+		fi >>"$console"
+	done
+	status=0
+	wait $host || status=$?
+	[ $status != 137 ] || status=124
+	exec 9>&-
+	rm -f "$monitor"
+}
+
 # judge LOG: turns what L1 printed into TAP. L1 prints "RESULT name expected status" after each case and what L2
 # printed before it; driver tests print TAP themselves.
 judge() {

@@ -84,16 +84,27 @@ build_host() {
 	rm -rf "$root" "$out/inner"
 }
 
-# report LOG: number the lines anew and close the account.
+# report LOG: number the lines anew and close the account.  A part that its
+# host did not live to finish has shown only what failed in it.
 report() {
 	tr -d '\r' <"$1" | awk -v label="kmod $label: " '
-		/^(not )?ok [0-9]+ - / {
-			sub(/ok [0-9]+ - /, "ok " ++n " - " label)
-			print
-			if ($1 == "not") bad++
-			next
+		function settle(all,  i, line) {
+			for (i = 1; i <= held; i++) {
+				line = lines[i]
+				if (!all && line ~ /^ok/)
+					continue
+				if (line ~ /^not/)
+					bad++
+				if (line !~ /^#/)
+					sub(/ok [0-9]+ - /, \
+					    "ok " ++n " - " label, line)
+				print line
+			}
+			held = 0
 		}
-		/^# / { print }
+		/^(not )?ok [0-9]+ - / || /^# / { lines[++held] = $0 }
+		/^host: begin/ { settle(0) }
+		/^host: did / { settle(1) }
 		# Several rounds of each; the best of a noisy machine counts.
 		/^rate / {
 			if ($4 > best[$2, $3]) best[$2, $3] = $4
@@ -101,6 +112,7 @@ report() {
 		}
 		/^host: end/ { end = 1 }
 		END {
+			settle(end)
 			for (k in kind) {
 				ours = best["ours", k]
 				theirs = best["theirs", k]

@@ -26,7 +26,7 @@ cp "$kernel" "$work/iso/boot/vmlinuz"
 cat >"$work/iso/boot/grub/grub.cfg" <<EOT
 set timeout=0
 menuentry host {
-	linux /boot/vmlinuz console=ttyS0 quiet panic=-1 tsc=unstable loads=20 parts=$(echo "$parts" | tr ' ' ',') payloads=slow${PAYLOADS:+,$PAYLOADS}
+	linux /boot/vmlinuz console=ttyS0 quiet panic=-1 tsc=unstable loads=20 patience=500 parts=$(echo "$parts" | tr ' ' ',') payloads=slow${PAYLOADS:+,$PAYLOADS}
 	initrd /boot/root.gz
 }
 EOT
