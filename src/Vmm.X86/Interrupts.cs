@@ -153,6 +153,23 @@ internal static unsafe class Interrupts
 
     private static uint IdtError(CpuContext* cpu, byte vector) => ((uint)vector * 8) + 2 + (uint)cpu->ExternalBit;
 
+    private static bool AcceptGate(CpuContext* cpu, byte vector, EventKind kind, in Descriptor gate, bool known)
+    {
+        if (!known || (kind == EventKind.Software && gate.Dpl < cpu->Cpl))
+        {
+            Faults.Raise(cpu, Vector.GeneralProtection, IdtError(cpu, vector));
+            return false;
+        }
+
+        if (!gate.IsPresent)
+        {
+            Faults.Raise(cpu, Vector.SegmentNotPresent, IdtError(cpu, vector));
+            return false;
+        }
+
+        return true;
+    }
+
     private static bool DeliverProtected(
         CpuContext* cpu, byte vector, EventKind kind, bool hasError, uint error, ulong flags)
     {
@@ -170,15 +187,8 @@ internal static unsafe class Interrupts
         }
 
         uint type = (uint)(gate.Low >> 40) & 0x1F;
-        if (type is not (5 or 6 or 7 or 0xE or 0xF) || (kind == EventKind.Software && gate.Dpl < cpu->Cpl))
+        if (!AcceptGate(cpu, vector, kind, gate, type is 5 or 6 or 7 or 0xE or 0xF))
         {
-            Faults.Raise(cpu, Vector.GeneralProtection, IdtError(cpu, vector));
-            return false;
-        }
-
-        if (!gate.IsPresent)
-        {
-            Faults.Raise(cpu, Vector.SegmentNotPresent, IdtError(cpu, vector));
             return false;
         }
 
@@ -188,26 +198,9 @@ internal static unsafe class Interrupts
         }
 
         uint selector = gate.GateSelector;
-        if ((selector & 0xFFFC) == 0)
+        if (!Segmentation.FetchGateCode(cpu, selector, out Descriptor code) ||
+            !Segmentation.Accept(cpu, selector, code, false))
         {
-            Faults.Raise(cpu, Vector.GeneralProtection, (uint)cpu->ExternalBit);
-            return false;
-        }
-
-        if (!Segmentation.Fetch(cpu, selector, Vector.GeneralProtection, out Descriptor code))
-        {
-            return false;
-        }
-
-        if (code.IsSystem || !code.IsCode || code.Dpl > cpu->Cpl)
-        {
-            Segmentation.Raise(cpu, Vector.GeneralProtection, selector);
-            return false;
-        }
-
-        if (!code.IsPresent)
-        {
-            Segmentation.Raise(cpu, Vector.SegmentNotPresent, selector);
             return false;
         }
 
@@ -359,40 +352,16 @@ internal static unsafe class Interrupts
 
         var gate = new Descriptor { Low = low };
         uint type = (uint)(low >> 40) & 0x1F;
-        if (type is not (0xE or 0xF) || (kind == EventKind.Software && gate.Dpl < cpu->Cpl))
+        if (!AcceptGate(cpu, vector, kind, gate, type is 0xE or 0xF))
         {
-            Faults.Raise(cpu, Vector.GeneralProtection, IdtError(cpu, vector));
-            return false;
-        }
-
-        if (!gate.IsPresent)
-        {
-            Faults.Raise(cpu, Vector.SegmentNotPresent, IdtError(cpu, vector));
             return false;
         }
 
         uint selector = gate.GateSelector;
         ulong target = gate.GateOffset | (high << 32);
-        if ((selector & 0xFFFC) == 0)
+        if (!Segmentation.FetchGateCode(cpu, selector, out Descriptor code) ||
+            !Segmentation.Accept(cpu, selector, code, false))
         {
-            Faults.Raise(cpu, Vector.GeneralProtection, (uint)cpu->ExternalBit);
-            return false;
-        }
-
-        if (!Segmentation.Fetch(cpu, selector, Vector.GeneralProtection, out Descriptor code))
-        {
-            return false;
-        }
-
-        if (code.IsSystem || !code.IsCode || code.Dpl > cpu->Cpl || !code.IsLongCode || code.IsDefault32)
-        {
-            Segmentation.Raise(cpu, Vector.GeneralProtection, selector);
-            return false;
-        }
-
-        if (!code.IsPresent)
-        {
-            Segmentation.Raise(cpu, Vector.SegmentNotPresent, selector);
             return false;
         }
 

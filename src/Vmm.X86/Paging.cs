@@ -184,27 +184,11 @@ internal static unsafe class Paging
     /// <summary>The slow path of loads: crossing, missing, MMIO, watched.</summary>
     public static bool ReadSlow(CpuContext* cpu, ulong linear, byte* into, int length, MmuMode mode)
     {
-        if (!CheckAlignment(cpu, linear, length, mode))
+        if (!TranslateBoth(cpu, linear, length, Access.Read, mode, out int first, out Translation one, out Translation two))
         {
             return false;
         }
 
-        // Both halves are translated before either is read: a register whose read has effects must not be touched by
-        // an access that then faults.
-        int first = FirstPart(linear, length);
-        if (!Translate(cpu, linear, Access.Read, mode, out Translation one))
-        {
-            return false;
-        }
-
-        Translation two = default;
-        if (first < length &&
-            !Translate(cpu, Next(cpu, linear, first), Access.Read, mode, out two))
-        {
-            return false;
-        }
-
-        Watch(cpu, linear, length, false);
         ReadPart(cpu, linear, one, into, first, mode);
         if (first < length)
         {
@@ -217,25 +201,11 @@ internal static unsafe class Paging
     /// <summary>The slow path of stores.</summary>
     public static bool WriteSlow(CpuContext* cpu, ulong linear, byte* from, int length, MmuMode mode)
     {
-        if (!CheckAlignment(cpu, linear, length, mode))
+        if (!TranslateBoth(cpu, linear, length, Access.Write, mode, out int first, out Translation one, out Translation two))
         {
             return false;
         }
 
-        int first = FirstPart(linear, length);
-        if (!Translate(cpu, linear, Access.Write, mode, out Translation one))
-        {
-            return false;
-        }
-
-        Translation two = default;
-        if (first < length &&
-            !Translate(cpu, Next(cpu, linear, first), Access.Write, mode, out two))
-        {
-            return false;
-        }
-
-        Watch(cpu, linear, length, true);
         WritePart(cpu, linear, one, from, first, mode);
         if (first < length)
         {
@@ -251,25 +221,11 @@ internal static unsafe class Paging
     /// </summary>
     public static bool ProbeWrite(CpuContext* cpu, ulong linear, int length, MmuMode mode)
     {
-        if (!CheckAlignment(cpu, linear, length, mode))
+        if (!TranslateBoth(cpu, linear, length, Access.Write, mode, out int first, out Translation one, out Translation two))
         {
             return false;
         }
 
-        int first = FirstPart(linear, length);
-        if (!Translate(cpu, linear, Access.Write, mode, out Translation one))
-        {
-            return false;
-        }
-
-        Translation two = default;
-        if (first < length &&
-            !Translate(cpu, Next(cpu, linear, first), Access.Write, mode, out two))
-        {
-            return false;
-        }
-
-        Watch(cpu, linear, length, true);
         byte* host = HostForWrite(cpu, one.Physical, first, out byte* flags);
         Fill(cpu, linear, one, mode, host, flags);
         if (first < length)
@@ -435,6 +391,30 @@ internal static unsafe class Paging
             cpu->Pdpte[i] = loaded[i];
         }
 
+        return true;
+    }
+
+    // What every access does first, whether it crosses a page or not. Both halves are translated before either is touched: a
+    // register whose read has effects must not be read by an access that then faults.
+    private static bool TranslateBoth(
+        CpuContext* cpu, ulong linear, int length, Access access, MmuMode mode, out int first, out Translation one,
+        out Translation two)
+    {
+        first = FirstPart(linear, length);
+        two = default;
+        if (!CheckAlignment(cpu, linear, length, mode))
+        {
+            one = default;
+            return false;
+        }
+
+        if (!Translate(cpu, linear, access, mode, out one) ||
+            (first < length && !Translate(cpu, Next(cpu, linear, first), access, mode, out two)))
+        {
+            return false;
+        }
+
+        Watch(cpu, linear, length, access == Access.Write);
         return true;
     }
 

@@ -232,15 +232,8 @@ internal static unsafe partial class Segmentation
                 bad |= rpl > descriptor.Dpl || cpu->Cpl > descriptor.Dpl;
             }
 
-            if (bad)
+            if (!Accept(cpu, selector, descriptor, bad))
             {
-                Raise(cpu, Vector.GeneralProtection, selector);
-                return false;
-            }
-
-            if (!descriptor.IsPresent)
-            {
-                Raise(cpu, Vector.SegmentNotPresent, selector);
                 return false;
             }
         }
@@ -265,6 +258,53 @@ internal static unsafe partial class Segmentation
             ? descriptor.Dpl > cpu->Cpl
             : rpl > cpu->Cpl || descriptor.Dpl != cpu->Cpl;
         bad |= IsLongActive(cpu) && descriptor.IsLongCode && descriptor.IsDefault32;
+        return Accept(cpu, selector, descriptor, bad);
+    }
+
+    /// <summary>Fetches what may stand in the GDT only: TSS and LDT. #GP(selector) otherwise.</summary>
+    public static bool FetchGlobal(CpuContext* cpu, uint selector, out Descriptor descriptor)
+    {
+        if ((selector & 4) == 0)
+        {
+            return Fetch(cpu, selector, Vector.GeneralProtection, out descriptor);
+        }
+
+        descriptor = default;
+        Raise(cpu, Vector.GeneralProtection, selector);
+        return false;
+    }
+
+    /// <summary>
+    /// Fetches the segment behind a call, interrupt or trap gate: code, not less privileged, and 64-bit code in long mode.
+    /// That it is present is asked later (<see cref="Accept"/>), because #GP goes first.
+    /// </summary>
+    public static bool FetchGateCode(CpuContext* cpu, uint selector, out Descriptor code)
+    {
+        code = default;
+        if ((selector & 0xFFFC) == 0)
+        {
+            Raise(cpu, Vector.GeneralProtection, 0);
+            return false;
+        }
+
+        if (!Fetch(cpu, selector, Vector.GeneralProtection, out code))
+        {
+            return false;
+        }
+
+        bool bad = code.IsSystem || !code.IsCode || code.Dpl > cpu->Cpl ||
+            (IsLongActive(cpu) && (!code.IsLongCode || code.IsDefault32));
+        if (bad)
+        {
+            Raise(cpu, Vector.GeneralProtection, selector);
+        }
+
+        return !bad;
+    }
+
+    /// <summary>What checks of a descriptor end with: #GP(selector) when it is bad, #NP(selector) when it is not present.</summary>
+    public static bool Accept(CpuContext* cpu, uint selector, in Descriptor descriptor, bool bad)
+    {
         if (bad)
         {
             Raise(cpu, Vector.GeneralProtection, selector);

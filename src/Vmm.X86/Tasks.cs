@@ -111,30 +111,9 @@ internal static unsafe class Tasks
     /// <summary>Through a task gate in the IDT: pushes the error code on the new stack.</summary>
     public static bool SwitchForInterrupt(CpuContext* cpu, uint selector, bool hasError, uint error, ulong flags)
     {
-        if ((selector & 4) != 0)
-        {
-            Segmentation.Raise(cpu, Vector.GeneralProtection, selector);
-            return false;
-        }
-
-        if (!Segmentation.Fetch(cpu, selector, Vector.GeneralProtection, out Descriptor descriptor))
-        {
-            return false;
-        }
-
-        if (!IsAvailable(descriptor))
-        {
-            Segmentation.Raise(cpu, Vector.GeneralProtection, selector);
-            return false;
-        }
-
-        if (!descriptor.IsPresent)
-        {
-            Segmentation.Raise(cpu, Vector.SegmentNotPresent, selector);
-            return false;
-        }
-
-        if (!Switch(cpu, selector, descriptor, TaskSwitch.Interrupt, flags))
+        if (!Segmentation.FetchGlobal(cpu, selector, out Descriptor descriptor) ||
+            !Segmentation.Accept(cpu, selector, descriptor, !IsAvailable(descriptor)) ||
+            !Switch(cpu, selector, descriptor, TaskSwitch.Interrupt, flags))
         {
             return false;
         }

@@ -53,8 +53,7 @@ internal static unsafe partial class ControlTransfer
     /// <summary>LOOP, LOOPE, LOOPNE: R0 is the counter's offset, OperandSize its size, R1 0/1/2 the condition.</summary>
     public static Status Loop(CpuContext* cpu, Insn* insn)
     {
-        ulong count = Counter(cpu, insn) - 1;
-        count = insn->AddressSize == 8 ? count : insn->AddressSize == 4 ? (uint)count : (ushort)count;
+        ulong count = (cpu->Rcx - 1) & Strings.Mask(insn);
         bool taken = count != 0;
         if (insn->R1 == 1)
         {
@@ -80,39 +79,20 @@ internal static unsafe partial class ControlTransfer
             status = Status.NotTaken;
         }
 
-        SetCounter(cpu, insn, count);
+        Strings.Set(cpu, insn, Reg.Rcx, count);
         return status;
     }
 
     /// <summary>JCXZ, JECXZ, JRCXZ.</summary>
     public static Status Jcxz(CpuContext* cpu, Insn* insn)
     {
-        if (Counter(cpu, insn) == 0)
+        if (Strings.Count(cpu, insn) == 0)
         {
             return Branch(cpu, insn);
         }
 
         cpu->Rip = Insn.NextAddress(cpu, insn);
         return Status.NotTaken;
-    }
-
-    private static ulong Counter(CpuContext* cpu, Insn* insn) =>
-        insn->AddressSize == 8 ? cpu->Rcx : insn->AddressSize == 4 ? (uint)cpu->Rcx : (ushort)cpu->Rcx;
-
-    private static void SetCounter(CpuContext* cpu, Insn* insn, ulong count)
-    {
-        if (insn->AddressSize == 8)
-        {
-            cpu->Rcx = count;
-        }
-        else if (insn->AddressSize == 4)
-        {
-            Reg.Set<uint>(cpu, Reg.Rcx, count);
-        }
-        else
-        {
-            Reg.Set<ushort>(cpu, Reg.Rcx, count);
-        }
     }
 
     /// <summary>Checks a computed near target; raises #GP(0).</summary>
@@ -174,17 +154,9 @@ internal readonly unsafe struct CallIndirect : IForm
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
-        ulong target;
-        if ((insn->Flags & InsnFlags.HasMemory) != 0)
+        if (!Reg.LoadEither<T>(cpu, insn, insn->R0, out ulong target))
         {
-            if (!Reg.LoadOperand<T>(cpu, insn, out target))
-            {
-                return Status.Fault;
-            }
-        }
-        else
-        {
-            target = Reg.Get<T>(cpu, insn->R0);
+            return Status.Fault;
         }
 
         if (!ControlTransfer.CheckNear(cpu, target))
@@ -213,17 +185,9 @@ internal readonly unsafe struct JmpIndirect : IForm
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
-        ulong target;
-        if ((insn->Flags & InsnFlags.HasMemory) != 0)
+        if (!Reg.LoadEither<T>(cpu, insn, insn->R0, out ulong target))
         {
-            if (!Reg.LoadOperand<T>(cpu, insn, out target))
-            {
-                return Status.Fault;
-            }
-        }
-        else
-        {
-            target = Reg.Get<T>(cpu, insn->R0);
+            return Status.Fault;
         }
 
         if (!ControlTransfer.CheckNear(cpu, target))

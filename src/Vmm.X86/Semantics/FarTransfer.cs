@@ -36,18 +36,7 @@ internal static unsafe class FarTransfer
             return Status.Fault;
         }
 
-        switch (insn->OperandSize)
-        {
-            case 2:
-                Reg.Set<ushort>(cpu, insn->R0, offset);
-                break;
-            case 4:
-                Reg.Set<uint>(cpu, insn->R0, offset);
-                break;
-            default:
-                Reg.Set<ulong>(cpu, insn->R0, offset);
-                break;
-        }
+        Reg.SetSized(cpu, insn, offset);
 
         Modes.Update(cpu);
         return Insn.EndAndLook(cpu, insn);
@@ -114,51 +103,52 @@ internal static unsafe class FarTransfer
                     : Status.Fault;
         }
 
-        int rpl = (int)selector & 3;
-        uint type = descriptor.Type;
-        bool isLong = Segmentation.IsLongActive(cpu);
-        bool known = isLong ? type == 12 : type is 1 or 9 or 4 or 5 or 12;
-        if (!known || descriptor.Dpl < cpu->Cpl || descriptor.Dpl < rpl)
+        if (!OpenGate(
+            cpu, insn, selector, ref descriptor, TaskSwitch.Jump, out Status status, out uint codeSelector,
+            out ulong target, out Descriptor code))
         {
-            return Segmentation.Raise(cpu, Vector.GeneralProtection, selector);
+            return status;
         }
 
-        if (!descriptor.IsPresent)
-        {
-            return Segmentation.Raise(cpu, Vector.SegmentNotPresent, selector);
-        }
-
-        if (type is 1 or 9)
-        {
-            return SwitchTask(cpu, insn, selector, descriptor, TaskSwitch.Jump);
-        }
-
-        if (type == 5)
-        {
-            return TaskGate(cpu, insn, descriptor.GateSelector, TaskSwitch.Jump);
-        }
-
-        // A call gate: the jump cannot change the privilege level.
-        if (!GateTarget(cpu, selector, ref descriptor, out uint codeSelector, out ulong target, out Descriptor code))
-        {
-            return Status.Fault;
-        }
-
+        // The jump cannot change the privilege level.
         bool bad = code.IsConforming ? code.Dpl > cpu->Cpl : code.Dpl != cpu->Cpl;
-        if (bad)
-        {
-            return Segmentation.Raise(cpu, Vector.GeneralProtection, codeSelector);
-        }
-
-        if (!code.IsPresent)
-        {
-            return Segmentation.Raise(cpu, Vector.SegmentNotPresent, codeSelector);
-        }
-
-        return Segmentation.CheckTarget(cpu, code, target) &&
+        return Segmentation.Accept(cpu, codeSelector, code, bad) &&
+            Segmentation.CheckTarget(cpu, code, target) &&
             Segmentation.AssignCode(cpu, codeSelector, ref code, cpu->Cpl)
                 ? Finish(cpu, target)
                 : Status.Fault;
+    }
+
+    // A system descriptor that JMP or CALL names. True for a call gate, with the segment behind it; otherwise the transfer is
+    // done, or has failed, as the status says.
+    private static bool OpenGate(
+        CpuContext* cpu, Insn* insn, uint selector, ref Descriptor descriptor, TaskSwitch how, out Status status,
+        out uint codeSelector, out ulong target, out Descriptor code)
+    {
+        codeSelector = 0;
+        target = 0;
+        code = default;
+        status = Status.Fault;
+        int rpl = (int)selector & 3;
+        uint type = descriptor.Type;
+        bool known = Segmentation.IsLongActive(cpu) ? type == 12 : type is 1 or 9 or 4 or 5 or 12;
+        if (!Segmentation.Accept(
+            cpu, selector, descriptor, !known || descriptor.Dpl < cpu->Cpl || descriptor.Dpl < rpl))
+        {
+            return false;
+        }
+
+        switch (type)
+        {
+            case 1 or 9:
+                status = SwitchTask(cpu, insn, selector, descriptor, how);
+                return false;
+            case 5:
+                status = TaskGate(cpu, insn, descriptor.GateSelector, how);
+                return false;
+            default:
+                return GateTarget(cpu, selector, ref descriptor, out codeSelector, out target, out code);
+        }
     }
 
     // Reads what a call gate points at; checks that it is a code segment of the right kind.
@@ -169,8 +159,7 @@ internal static unsafe class FarTransfer
         selector = gate.GateSelector;
         target = gate.GateOffset;
         code = default;
-        bool isLong = Segmentation.IsLongActive(cpu);
-        if (isLong)
+        if (Segmentation.IsLongActive(cpu))
         {
             if (!Segmentation.FetchHigh(cpu, gateSelector, Vector.GeneralProtection, ref gate))
             {
@@ -184,25 +173,7 @@ internal static unsafe class FarTransfer
             target &= 0xFFFF;
         }
 
-        if ((selector & 0xFFFC) == 0)
-        {
-            Faults.Gp(cpu);
-            return false;
-        }
-
-        if (!Segmentation.Fetch(cpu, selector, Vector.GeneralProtection, out code))
-        {
-            return false;
-        }
-
-        bool bad = code.IsSystem || !code.IsCode || code.Dpl > cpu->Cpl ||
-            (isLong && (!code.IsLongCode || code.IsDefault32));
-        if (bad)
-        {
-            Segmentation.Raise(cpu, Vector.GeneralProtection, selector);
-        }
-
-        return !bad;
+        return Segmentation.FetchGateCode(cpu, selector, out code);
     }
 
     private static Status SwitchTask(
@@ -228,24 +199,10 @@ internal static unsafe class FarTransfer
 
     private static Status TaskGate(CpuContext* cpu, Insn* insn, uint selector, TaskSwitch how)
     {
-        if ((selector & 4) != 0)
-        {
-            return Segmentation.Raise(cpu, Vector.GeneralProtection, selector);
-        }
-
-        if (!Segmentation.Fetch(cpu, selector, Vector.GeneralProtection, out Descriptor descriptor))
-        {
-            return Status.Fault;
-        }
-
-        if (!Tasks.IsAvailable(descriptor))
-        {
-            return Segmentation.Raise(cpu, Vector.GeneralProtection, selector);
-        }
-
-        return descriptor.IsPresent
+        return Segmentation.FetchGlobal(cpu, selector, out Descriptor descriptor) &&
+            Segmentation.Accept(cpu, selector, descriptor, !Tasks.IsAvailable(descriptor))
             ? SwitchTask(cpu, insn, selector, descriptor, how)
-            : Segmentation.Raise(cpu, Vector.SegmentNotPresent, selector);
+            : Status.Fault;
     }
 
     private static Status Call(CpuContext* cpu, Insn* insn, uint selector, ulong offset)
@@ -294,46 +251,19 @@ internal static unsafe class FarTransfer
             return Finish(cpu, offset);
         }
 
-        int rpl = (int)selector & 3;
-        uint type = descriptor.Type;
-        bool isLong = Segmentation.IsLongActive(cpu);
-        bool known = isLong ? type == 12 : type is 1 or 9 or 4 or 5 or 12;
-        if (!known || descriptor.Dpl < cpu->Cpl || descriptor.Dpl < rpl)
+        if (!OpenGate(
+            cpu, insn, selector, ref descriptor, TaskSwitch.Call, out Status status, out uint codeSelector,
+            out ulong target, out Descriptor code))
         {
-            return Segmentation.Raise(cpu, Vector.GeneralProtection, selector);
+            return status;
         }
 
-        if (!descriptor.IsPresent)
-        {
-            return Segmentation.Raise(cpu, Vector.SegmentNotPresent, selector);
-        }
-
-        if (type is 1 or 9)
-        {
-            return SwitchTask(cpu, insn, selector, descriptor, TaskSwitch.Call);
-        }
-
-        if (type == 5)
-        {
-            return TaskGate(cpu, insn, descriptor.GateSelector, TaskSwitch.Call);
-        }
-
-        if (!GateTarget(cpu, selector, ref descriptor, out uint codeSelector, out ulong target, out Descriptor code))
+        if (!Segmentation.Accept(cpu, codeSelector, code, false) || !Segmentation.CheckTarget(cpu, code, target))
         {
             return Status.Fault;
         }
 
-        if (!code.IsPresent)
-        {
-            return Segmentation.Raise(cpu, Vector.SegmentNotPresent, codeSelector);
-        }
-
-        if (!Segmentation.CheckTarget(cpu, code, target))
-        {
-            return Status.Fault;
-        }
-
-        return isLong
+        return Segmentation.IsLongActive(cpu)
             ? CallGateLong(cpu, codeSelector, ref code, target, next)
             : CallGate(cpu, descriptor, codeSelector, ref code, target, next);
     }
@@ -497,14 +427,9 @@ internal static unsafe class FarTransfer
         bool bad = code.IsSystem || !code.IsCode || rpl < cpu->Cpl;
         bad |= code.IsConforming ? code.Dpl > rpl : code.Dpl != rpl;
         bad |= isLong && code.IsLongCode && code.IsDefault32;
-        if (bad)
+        if (!Segmentation.Accept(cpu, selector, code, bad))
         {
-            return Segmentation.Raise(cpu, Vector.GeneralProtection, selector);
-        }
-
-        if (!code.IsPresent)
-        {
-            return Segmentation.Raise(cpu, Vector.SegmentNotPresent, selector);
+            return Status.Fault;
         }
 
         bool outer = rpl > cpu->Cpl;

@@ -96,6 +96,23 @@ internal static unsafe class Reg
         }
     }
 
+    /// <summary>Writes R0 with the record's operand size: 2, 4 or 8.</summary>
+    public static void SetSized(CpuContext* cpu, Insn* insn, ulong value)
+    {
+        switch (insn->OperandSize)
+        {
+            case 2:
+                Set<ushort>(cpu, insn->R0, value);
+                break;
+            case 4:
+                Set<uint>(cpu, insn->R0, value);
+                break;
+            default:
+                Set<ulong>(cpu, insn->R0, value);
+                break;
+        }
+    }
+
     [MethodImpl(MethodImplOptions.AggressiveInlining)]
     public static ulong Load<T>(byte* at)
         where T : unmanaged
@@ -170,6 +187,20 @@ internal static unsafe class Reg
 
         value = 0;
         return false;
+    }
+
+    /// <summary>Loads the record's memory operand, or the register that is in its place.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static bool LoadEither<T>(CpuContext* cpu, Insn* insn, int register, out ulong value)
+        where T : unmanaged
+    {
+        if ((insn->Flags & InsnFlags.HasMemory) != 0)
+        {
+            return LoadOperand<T>(cpu, insn, out value);
+        }
+
+        value = Get<T>(cpu, register);
+        return true;
     }
 
     /// <summary>Stores to the memory operand of the record.</summary>

@@ -1045,17 +1045,9 @@ internal readonly unsafe struct SourceThenControl<TOp> : IForm
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
-        ulong source;
-        if ((insn->Flags & InsnFlags.HasMemory) != 0)
+        if (!Reg.LoadEither<T>(cpu, insn, insn->R1, out ulong source))
         {
-            if (!Reg.LoadOperand<T>(cpu, insn, out source))
-            {
-                return Status.Fault;
-            }
-        }
-        else
-        {
-            source = Reg.Get<T>(cpu, insn->R1);
+            return Status.Fault;
         }
 
         Reg.Set<T>(cpu, insn->R0, TOp.Run<T>(cpu, source, Reg.Get<T>(cpu, insn->R2)));
@@ -1070,17 +1062,9 @@ internal readonly unsafe struct ControlThenSource<TOp> : IForm
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
-        ulong last;
-        if ((insn->Flags & InsnFlags.HasMemory) != 0)
+        if (!Reg.LoadEither<T>(cpu, insn, insn->R2, out ulong last))
         {
-            if (!Reg.LoadOperand<T>(cpu, insn, out last))
-            {
-                return Status.Fault;
-            }
-        }
-        else
-        {
-            last = Reg.Get<T>(cpu, insn->R2);
+            return Status.Fault;
         }
 
         Reg.Set<T>(cpu, insn->R0, TOp.Run<T>(cpu, Reg.Get<T>(cpu, insn->R1), last));
@@ -1194,17 +1178,9 @@ internal readonly unsafe struct RorxForm : IForm
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
-        ulong source;
-        if ((insn->Flags & InsnFlags.HasMemory) != 0)
+        if (!Reg.LoadEither<T>(cpu, insn, insn->R1, out ulong source))
         {
-            if (!Reg.LoadOperand<T>(cpu, insn, out source))
-            {
-                return Status.Fault;
-            }
-        }
-        else
-        {
-            source = Reg.Get<T>(cpu, insn->R1);
+            return Status.Fault;
         }
 
         ulong result = sizeof(T) == 8
@@ -1221,17 +1197,9 @@ internal readonly unsafe struct MulxForm : IForm
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
-        ulong source;
-        if ((insn->Flags & InsnFlags.HasMemory) != 0)
+        if (!Reg.LoadEither<T>(cpu, insn, insn->R2, out ulong source))
         {
-            if (!Reg.LoadOperand<T>(cpu, insn, out source))
-            {
-                return Status.Fault;
-            }
-        }
-        else
-        {
-            source = Reg.Get<T>(cpu, insn->R2);
+            return Status.Fault;
         }
 
         ulong high;
@@ -1260,17 +1228,9 @@ internal readonly unsafe struct AdxForm<TCarry> : IForm
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
-        ulong right;
-        if ((insn->Flags & InsnFlags.HasMemory) != 0)
+        if (!Reg.LoadEither<T>(cpu, insn, insn->R1, out ulong right))
         {
-            if (!Reg.LoadOperand<T>(cpu, insn, out right))
-            {
-                return Status.Fault;
-            }
-        }
-        else
-        {
-            right = Reg.Get<T>(cpu, insn->R1);
+            return Status.Fault;
         }
 
         bool useCarry = typeof(TCarry) == typeof(UnsignedTag);
@@ -1292,17 +1252,9 @@ internal readonly unsafe struct Crc32Form : IForm
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
-        ulong source;
-        if ((insn->Flags & InsnFlags.HasMemory) != 0)
+        if (!Reg.LoadEither<T>(cpu, insn, insn->R1, out ulong source))
         {
-            if (!Reg.LoadOperand<T>(cpu, insn, out source))
-            {
-                return Status.Fault;
-            }
-        }
-        else
-        {
-            source = Reg.Get<T>(cpu, insn->R1);
+            return Status.Fault;
         }
 
         var crc = (uint)Reg.Get<uint>(cpu, insn->R0);

@@ -184,17 +184,9 @@ internal static unsafe class SystemGroup
     /// <summary>MOV Sreg, r/m16: the segment is in R0, the value in R1 or memory.</summary>
     public static Status MovToSegment(CpuContext* cpu, Insn* insn)
     {
-        ulong selector;
-        if ((insn->Flags & InsnFlags.HasMemory) != 0)
+        if (!Reg.LoadEither<ushort>(cpu, insn, insn->R1, out ulong selector))
         {
-            if (!Reg.LoadOperand<ushort>(cpu, insn, out selector))
-            {
-                return Status.Fault;
-            }
-        }
-        else
-        {
-            selector = Reg.Get<ushort>(cpu, insn->R1);
+            return Status.Fault;
         }
 
         if (!Segmentation.Load(cpu, insn->R0, (uint)selector))
@@ -225,18 +217,7 @@ internal static unsafe class SystemGroup
             return Reg.StoreOperand<ushort>(cpu, insn, value) ? Status.Next : Status.Fault;
         }
 
-        switch (insn->OperandSize)
-        {
-            case 2:
-                Reg.Set<ushort>(cpu, insn->R0, value);
-                break;
-            case 4:
-                Reg.Set<uint>(cpu, insn->R0, value);
-                break;
-            default:
-                Reg.Set<ulong>(cpu, insn->R0, value);
-                break;
-        }
+        Reg.SetSized(cpu, insn, value);
 
         return Status.Next;
     }
@@ -252,20 +233,9 @@ internal static unsafe class SystemGroup
     public static Status Smsw(CpuContext* cpu, Insn* insn) =>
         UmipAllows(cpu) ? StoreWord(cpu, insn, cpu->Cr0) : Status.Fault;
 
-    private static bool LoadWord(CpuContext* cpu, Insn* insn, out ulong value)
-    {
-        if ((insn->Flags & InsnFlags.HasMemory) != 0)
-        {
-            return Reg.LoadOperand<ushort>(cpu, insn, out value);
-        }
-
-        value = Reg.Get<ushort>(cpu, insn->R0);
-        return true;
-    }
-
     public static Status Lmsw(CpuContext* cpu, Insn* insn)
     {
-        if (!Privileged(cpu) || !LoadWord(cpu, insn, out ulong value))
+        if (!Privileged(cpu) || !Reg.LoadEither<ushort>(cpu, insn, insn->R0, out ulong value))
         {
             return Status.Fault;
         }
@@ -282,7 +252,7 @@ internal static unsafe class SystemGroup
             return Faults.Ud(cpu);
         }
 
-        if (!Privileged(cpu) || !LoadWord(cpu, insn, out ulong value))
+        if (!Privileged(cpu) || !Reg.LoadEither<ushort>(cpu, insn, insn->R0, out ulong value))
         {
             return Status.Fault;
         }
@@ -314,7 +284,7 @@ internal static unsafe class SystemGroup
             return Faults.Ud(cpu);
         }
 
-        if (!Privileged(cpu) || !LoadWord(cpu, insn, out ulong value))
+        if (!Privileged(cpu) || !Reg.LoadEither<ushort>(cpu, insn, insn->R0, out ulong value))
         {
             return Status.Fault;
         }
@@ -345,27 +315,11 @@ internal static unsafe class SystemGroup
     private static bool SystemDescriptor(
         CpuContext* cpu, uint selector, uint type, uint otherType, out Descriptor descriptor)
     {
-        descriptor = default;
-        if ((selector & 4) != 0)
+        if (!Segmentation.FetchGlobal(cpu, selector, out descriptor) ||
+            !Segmentation.Accept(
+                cpu, selector, descriptor,
+                !descriptor.IsSystem || (descriptor.Type != type && descriptor.Type != otherType)))
         {
-            Segmentation.Raise(cpu, Vector.GeneralProtection, selector);
-            return false;
-        }
-
-        if (!Segmentation.Fetch(cpu, selector, Vector.GeneralProtection, out descriptor))
-        {
-            return false;
-        }
-
-        if (!descriptor.IsSystem || (descriptor.Type != type && descriptor.Type != otherType))
-        {
-            Segmentation.Raise(cpu, Vector.GeneralProtection, selector);
-            return false;
-        }
-
-        if (!descriptor.IsPresent)
-        {
-            Segmentation.Raise(cpu, Vector.SegmentNotPresent, selector);
             return false;
         }
 
@@ -940,156 +894,91 @@ internal static unsafe class SystemGroup
     public static Status Rdrand(CpuContext* cpu, Insn* insn)
     {
         ulong value = SoftVcpu.From(cpu).NextRandom();
-        switch (insn->OperandSize)
-        {
-            case 2:
-                Reg.Set<ushort>(cpu, insn->R0, value);
-                break;
-            case 4:
-                Reg.Set<uint>(cpu, insn->R0, value);
-                break;
-            default:
-                Reg.Set<ulong>(cpu, insn->R0, value);
-                break;
-        }
+        Reg.SetSized(cpu, insn, value);
 
         Flags.SetArithmetic(cpu, Rflags.Cf);
         return Status.Next;
     }
 
-    /// <summary>LAR, LSL: value in R0; VERR, VERW: flags alone.</summary>
-    public static Status Lar(CpuContext* cpu, Insn* insn)
+    // Types of system descriptors that LAR and LSL know, a bit each (SDM 2A, LAR and LSL).
+    private const uint LarTypes = 0x1A3E;
+    private const uint LarTypesLong = 0x1A04;
+    private const uint LslTypes = 0x0A0E;
+    private const uint LslTypesLong = 0x0A04;
+
+    /// <summary>LAR: access rights into R0, of what R1 or memory selects.</summary>
+    public static Status Lar(CpuContext* cpu, Insn* insn) => Describe(cpu, insn, LarTypes, LarTypesLong, false);
+
+    /// <summary>LSL: the same for limits, which gates do not have.</summary>
+    public static Status Lsl(CpuContext* cpu, Insn* insn) => Describe(cpu, insn, LslTypes, LslTypesLong, true);
+
+    private static Status Describe(CpuContext* cpu, Insn* insn, uint types, uint typesLong, bool limit)
     {
-        if (!Inspect(cpu, insn, insn->R1, out uint selector, out Status status))
+        if (!Inspect(cpu, insn, insn->R1, out Descriptor descriptor, out bool found))
         {
-            return status;
+            return Status.Fault;
         }
 
-        bool found = Visible(cpu, selector, out Descriptor descriptor);
-        if (found && descriptor.IsSystem)
-        {
-            found = Segmentation.IsLongActive(cpu)
-                ? descriptor.Type is 2 or 9 or 11 or 12
-                : descriptor.Type is 1 or 2 or 3 or 4 or 5 or 9 or 11 or 12;
-        }
-
+        uint known = Segmentation.IsLongActive(cpu) ? typesLong : types;
+        found = found && (!descriptor.IsSystem || ((known >> (int)descriptor.Type) & 1) != 0);
         if (found)
         {
-            SetSized(cpu, insn, (descriptor.Low >> 32) & 0x00FFFF00);
+            Reg.SetSized(cpu, insn, limit ? descriptor.Limit : (descriptor.Low >> 32) & 0x00FFFF00);
         }
 
         SetZero(cpu, found);
         return Status.Next;
     }
 
-    public static Status Lsl(CpuContext* cpu, Insn* insn)
+    /// <summary>VERR: flags alone.</summary>
+    public static Status Verr(CpuContext* cpu, Insn* insn) => Verify(cpu, insn, false);
+
+    /// <summary>VERW.</summary>
+    public static Status Verw(CpuContext* cpu, Insn* insn) => Verify(cpu, insn, true);
+
+    private static Status Verify(CpuContext* cpu, Insn* insn, bool write)
     {
-        if (!Inspect(cpu, insn, insn->R1, out uint selector, out Status status))
+        if (!Inspect(cpu, insn, insn->R0, out Descriptor descriptor, out bool found))
         {
-            return status;
+            return Status.Fault;
         }
 
-        bool found = Visible(cpu, selector, out Descriptor descriptor);
-        if (found && descriptor.IsSystem)
-        {
-            found = Segmentation.IsLongActive(cpu)
-                ? descriptor.Type is 2 or 9 or 11
-                : descriptor.Type is 1 or 2 or 3 or 9 or 11;
-        }
-
-        if (found)
-        {
-            SetSized(cpu, insn, descriptor.Limit);
-        }
-
-        SetZero(cpu, found);
+        // Bit 1 of the type: code can be read, data can be written.
+        SetZero(
+            cpu,
+            found && !descriptor.IsSystem &&
+            (descriptor.IsCode ? !write && descriptor.IsReadWrite : !write || descriptor.IsReadWrite));
         return Status.Next;
     }
 
-    public static Status Verr(CpuContext* cpu, Insn* insn)
-    {
-        if (!Inspect(cpu, insn, insn->R0, out uint selector, out Status status))
-        {
-            return status;
-        }
-
-        bool found = Visible(cpu, selector, out Descriptor descriptor) && !descriptor.IsSystem &&
-            (!descriptor.IsCode || descriptor.IsReadWrite);
-        SetZero(cpu, found);
-        return Status.Next;
-    }
-
-    public static Status Verw(CpuContext* cpu, Insn* insn)
-    {
-        if (!Inspect(cpu, insn, insn->R0, out uint selector, out Status status))
-        {
-            return status;
-        }
-
-        bool found = Visible(cpu, selector, out Descriptor descriptor) && !descriptor.IsSystem &&
-            !descriptor.IsCode && descriptor.IsReadWrite;
-        SetZero(cpu, found);
-        return Status.Next;
-    }
-
-    private static bool Inspect(CpuContext* cpu, Insn* insn, int register, out uint selector, out Status status)
-    {
-        selector = 0;
-        status = Status.Next;
-        if (cpu->Mode <= ProcessorMode.Virtual8086)
-        {
-            status = Faults.Ud(cpu);
-            return false;
-        }
-
-        ulong value;
-        if ((insn->Flags & InsnFlags.HasMemory) != 0)
-        {
-            if (!Reg.LoadOperand<ushort>(cpu, insn, out value))
-            {
-                status = Status.Fault;
-                return false;
-            }
-        }
-        else
-        {
-            value = Reg.Get<ushort>(cpu, register);
-        }
-
-        selector = (uint)value;
-        return true;
-    }
-
-    // A failed look at the descriptor table is an answer, not a fault; page faults are ignored here too, because the
-    // table of a running system is present.
-    private static bool Visible(CpuContext* cpu, uint selector, out Descriptor descriptor)
+    // False after a fault. A failed look at the descriptor table is an answer, not a fault; page faults are ignored here
+    // too, because the table of a running system is present.
+    private static bool Inspect(
+        CpuContext* cpu, Insn* insn, int register, out Descriptor descriptor, out bool found)
     {
         descriptor = default;
-        if ((selector & 0xFFFC) == 0 ||
-            !Segmentation.Fetch(cpu, selector, Vector.GeneralProtection, out descriptor))
+        found = false;
+        if (cpu->Mode <= ProcessorMode.Virtual8086)
+        {
+            Faults.Ud(cpu);
+            return false;
+        }
+
+        if (!Reg.LoadEither<ushort>(cpu, insn, register, out ulong value))
         {
             return false;
         }
 
-        bool conforming = descriptor.IsCode && descriptor.IsConforming && !descriptor.IsSystem;
-        int rpl = (int)selector & 3;
-        return conforming || (descriptor.Dpl >= cpu->Cpl && descriptor.Dpl >= rpl);
-    }
-
-    private static void SetSized(CpuContext* cpu, Insn* insn, ulong value)
-    {
-        switch (insn->OperandSize)
+        var selector = (uint)value;
+        if ((selector & 0xFFFC) != 0 &&
+            Segmentation.Fetch(cpu, selector, Vector.GeneralProtection, out descriptor))
         {
-            case 2:
-                Reg.Set<ushort>(cpu, insn->R0, value);
-                break;
-            case 4:
-                Reg.Set<uint>(cpu, insn->R0, value);
-                break;
-            default:
-                Reg.Set<ulong>(cpu, insn->R0, value);
-                break;
+            bool conforming = descriptor.IsCode && descriptor.IsConforming && !descriptor.IsSystem;
+            int rpl = (int)selector & 3;
+            found = conforming || (descriptor.Dpl >= cpu->Cpl && descriptor.Dpl >= rpl);
         }
+
+        return true;
     }
 
     private static void SetZero(CpuContext* cpu, bool value)
