@@ -259,22 +259,22 @@ internal static unsafe class Binder
             bool register = instruction.OpCount > 1 && instruction.Op1Kind == OpKind.Register;
             if (register)
             {
-                return locked ? Forms.Pick<LockMR<TOp>>(size) : Forms.Pick<AluMR<TOp>>(size);
+                return locked ? Forms.Pick<LockM<TOp, FromR1>>(size) : Forms.Pick<AluM<TOp, FromR1>>(size);
             }
 
-            return locked ? Forms.Pick<LockMI<TOp>>(size) : Forms.Pick<AluMI<TOp>>(size);
+            return locked ? Forms.Pick<LockM<TOp, FromImmediate>>(size) : Forms.Pick<AluM<TOp, FromImmediate>>(size);
         }
 
         if (instruction.OpCount < 2)
         {
-            return Forms.Pick<AluRI<TOp>>(size);
+            return Forms.Pick<AluR<TOp, FromImmediate>>(size);
         }
 
         return instruction.Op1Kind switch
         {
-            OpKind.Register => Forms.Pick<AluRR<TOp>>(size),
-            OpKind.Memory => Forms.Pick<AluRM<TOp>>(size),
-            _ => Forms.Pick<AluRI<TOp>>(size),
+            OpKind.Register => Forms.Pick<AluR<TOp, FromR1>>(size),
+            OpKind.Memory => Forms.Pick<AluR<TOp, FromMemory>>(size),
+            _ => Forms.Pick<AluR<TOp, FromImmediate>>(size),
         };
     }
 
@@ -285,15 +285,15 @@ internal static unsafe class Binder
         if ((insn->Flags & InsnFlags.MemoryFirst) != 0)
         {
             return instruction.Op1Kind == OpKind.Register
-                ? Forms.Pick<CompareMR<TOp>>(size)
-                : Forms.Pick<CompareMI<TOp>>(size);
+                ? Forms.Pick<CompareForm<TOp, FromMemory, FromR1>>(size)
+                : Forms.Pick<CompareForm<TOp, FromMemory, FromImmediate>>(size);
         }
 
         return instruction.Op1Kind switch
         {
-            OpKind.Register => Forms.Pick<CompareRR<TOp>>(size),
-            OpKind.Memory => Forms.Pick<CompareRM<TOp>>(size),
-            _ => Forms.Pick<CompareRI<TOp>>(size),
+            OpKind.Register => Forms.Pick<CompareForm<TOp, FromR0, FromR1>>(size),
+            OpKind.Memory => Forms.Pick<CompareForm<TOp, FromR0, FromMemory>>(size),
+            _ => Forms.Pick<CompareForm<TOp, FromR0, FromImmediate>>(size),
         };
     }
 
@@ -348,18 +348,18 @@ internal static unsafe class Binder
                     return &SystemGroup.MovFromDebug;
                 }
 
-                return source.IsGPR() ? Forms.Pick<MovRR>(size) : &Misc.Ud;
+                return source.IsGPR() ? Forms.Pick<MovR<FromR1>>(size) : &Misc.Ud;
             }
 
-            return second == OpKind.Memory ? Forms.Pick<MovRM>(size) : Forms.Pick<MovRI>(size);
+            return second == OpKind.Memory ? Forms.Pick<MovR<FromMemory>>(size) : Forms.Pick<MovR<FromImmediate>>(size);
         }
 
         if (second == OpKind.Register)
         {
-            return instruction.Op1Register.IsSegmentRegister() ? &SystemGroup.MovFromSegment : Forms.Pick<MovMR>(size);
+            return instruction.Op1Register.IsSegmentRegister() ? &SystemGroup.MovFromSegment : Forms.Pick<MovM<FromR1>>(size);
         }
 
-        return Forms.Pick<MovMI>(size);
+        return Forms.Pick<MovM<FromImmediate>>(size);
     }
 
     private static delegate*<CpuContext*, Insn*, Status> Extend<TSigned>(in Instruction instruction, Insn* insn)
@@ -369,9 +369,9 @@ internal static unsafe class Binder
         int size = insn->OperandSize;
         return from switch
         {
-            1 => RegisterOrMemory<ExtendR<byte, TSigned>, ExtendM<byte, TSigned>>(insn, size),
-            2 => RegisterOrMemory<ExtendR<ushort, TSigned>, ExtendM<ushort, TSigned>>(insn, size),
-            _ => RegisterOrMemory<ExtendR<uint, TSigned>, ExtendM<uint, TSigned>>(insn, size),
+            1 => RegisterOrMemory<ExtendForm<byte, TSigned, FromR1>, ExtendForm<byte, TSigned, FromMemory>>(insn, size),
+            2 => RegisterOrMemory<ExtendForm<ushort, TSigned, FromR1>, ExtendForm<ushort, TSigned, FromMemory>>(insn, size),
+            _ => RegisterOrMemory<ExtendForm<uint, TSigned, FromR1>, ExtendForm<uint, TSigned, FromMemory>>(insn, size),
         };
     }
 
@@ -445,7 +445,7 @@ internal static unsafe class Binder
                 insn->Handler = Mov(instruction, insn);
                 return true;
             case Mnemonic.Movnti:
-                insn->Handler = Forms.Pick<MovMR>(size);
+                insn->Handler = Forms.Pick<MovM<FromR1>>(size);
                 return true;
             case Mnemonic.Lea:
                 insn->Handler = Forms.Pick<LeaForm>(size);
@@ -574,32 +574,32 @@ internal static unsafe class Binder
                 insn->Handler = RegisterOrMemory<BtxRR<OpBtc>, BtxM<OpBtc>>(insn, size);
                 return true;
             case Mnemonic.Bsf:
-                insn->Handler = RegisterOrMemory<ScanR<ScanBsf>, ScanM<ScanBsf>>(insn, size);
+                insn->Handler = RegisterOrMemory<Scan<ScanBsf, FromR1>, Scan<ScanBsf, FromMemory>>(insn, size);
                 return true;
             case Mnemonic.Bsr:
-                insn->Handler = RegisterOrMemory<ScanR<ScanBsr>, ScanM<ScanBsr>>(insn, size);
+                insn->Handler = RegisterOrMemory<Scan<ScanBsr, FromR1>, Scan<ScanBsr, FromMemory>>(insn, size);
                 return true;
             case Mnemonic.Tzcnt:
                 insn->Handler = vcpu.IsOffered(instruction.Code)
-                    ? RegisterOrMemory<ScanR<ScanTzcnt>, ScanM<ScanTzcnt>>(insn, size)
-                    : RegisterOrMemory<ScanR<ScanBsf>, ScanM<ScanBsf>>(insn, size);
+                    ? RegisterOrMemory<Scan<ScanTzcnt, FromR1>, Scan<ScanTzcnt, FromMemory>>(insn, size)
+                    : RegisterOrMemory<Scan<ScanBsf, FromR1>, Scan<ScanBsf, FromMemory>>(insn, size);
                 return true;
             case Mnemonic.Lzcnt:
                 insn->Handler = vcpu.IsOffered(instruction.Code)
-                    ? RegisterOrMemory<ScanR<ScanLzcnt>, ScanM<ScanLzcnt>>(insn, size)
-                    : RegisterOrMemory<ScanR<ScanBsr>, ScanM<ScanBsr>>(insn, size);
+                    ? RegisterOrMemory<Scan<ScanLzcnt, FromR1>, Scan<ScanLzcnt, FromMemory>>(insn, size)
+                    : RegisterOrMemory<Scan<ScanBsr, FromR1>, Scan<ScanBsr, FromMemory>>(insn, size);
                 return true;
             case Mnemonic.Popcnt:
-                insn->Handler = RegisterOrMemory<ScanR<ScanPopcnt>, ScanM<ScanPopcnt>>(insn, size);
+                insn->Handler = RegisterOrMemory<Scan<ScanPopcnt, FromR1>, Scan<ScanPopcnt, FromMemory>>(insn, size);
                 return true;
             case Mnemonic.Blsi:
-                insn->Handler = RegisterOrMemory<ScanR<ScanBlsi>, ScanM<ScanBlsi>>(insn, size);
+                insn->Handler = RegisterOrMemory<Scan<ScanBlsi, FromR1>, Scan<ScanBlsi, FromMemory>>(insn, size);
                 return true;
             case Mnemonic.Blsr:
-                insn->Handler = RegisterOrMemory<ScanR<ScanBlsr>, ScanM<ScanBlsr>>(insn, size);
+                insn->Handler = RegisterOrMemory<Scan<ScanBlsr, FromR1>, Scan<ScanBlsr, FromMemory>>(insn, size);
                 return true;
             case Mnemonic.Blsmsk:
-                insn->Handler = RegisterOrMemory<ScanR<ScanBlsmsk>, ScanM<ScanBlsmsk>>(insn, size);
+                insn->Handler = RegisterOrMemory<Scan<ScanBlsmsk, FromR1>, Scan<ScanBlsmsk, FromMemory>>(insn, size);
                 return true;
             case Mnemonic.Andn:
                 insn->Handler = Forms.Pick<ControlThenSource<OpAndn>>(size);
@@ -650,21 +650,21 @@ internal static unsafe class Binder
                 insn->Handler = Forms.Pick<BswapR>(size);
                 return true;
             case Mnemonic.Mul:
-                insn->Handler = RegisterOrMemory<MulR, MulM>(insn, size);
+                insn->Handler = RegisterOrMemory<Accumulate<OpMul, FromR0>, Accumulate<OpMul, FromMemory>>(insn, size);
                 return true;
             case Mnemonic.Imul:
                 insn->Handler = instruction.OpCount switch
                 {
-                    1 => RegisterOrMemory<Imul1R, Imul1M>(insn, size),
-                    2 => RegisterOrMemory<Imul2R, Imul2M>(insn, size),
-                    _ => RegisterOrMemory<Imul3R, Imul3M>(insn, size),
+                    1 => RegisterOrMemory<Accumulate<OpImul, FromR0>, Accumulate<OpImul, FromMemory>>(insn, size),
+                    2 => RegisterOrMemory<ImulInto<FromR0, FromR1>, ImulInto<FromR0, FromMemory>>(insn, size),
+                    _ => RegisterOrMemory<ImulInto<FromR1, FromImmediate>, ImulInto<FromMemory, FromImmediate>>(insn, size),
                 };
                 return true;
             case Mnemonic.Div:
-                insn->Handler = RegisterOrMemory<DivR, DivM>(insn, size);
+                insn->Handler = RegisterOrMemory<Accumulate<OpDiv, FromR0>, Accumulate<OpDiv, FromMemory>>(insn, size);
                 return true;
             case Mnemonic.Idiv:
-                insn->Handler = RegisterOrMemory<IdivR, IdivM>(insn, size);
+                insn->Handler = RegisterOrMemory<Accumulate<OpIdiv, FromR0>, Accumulate<OpIdiv, FromMemory>>(insn, size);
                 return true;
             case Mnemonic.Cbw:
                 insn->Handler = &Misc.Cbw;
@@ -883,31 +883,31 @@ internal static unsafe class Binder
             case Mnemonic.Movsw:
             case Mnemonic.Movsd when IsString(instruction):
             case Mnemonic.Movsq:
-                insn->Handler = Forms.Pick<MovsForm>(size);
+                insn->Handler = Forms.Pick<BulkForm<Movs>>(size);
                 return true;
             case Mnemonic.Stosb:
             case Mnemonic.Stosw:
             case Mnemonic.Stosd:
             case Mnemonic.Stosq:
-                insn->Handler = Forms.Pick<StosForm>(size);
+                insn->Handler = Forms.Pick<BulkForm<Stos>>(size);
                 return true;
             case Mnemonic.Lodsb:
             case Mnemonic.Lodsw:
             case Mnemonic.Lodsd:
             case Mnemonic.Lodsq:
-                insn->Handler = Forms.Pick<LodsForm>(size);
+                insn->Handler = Forms.Pick<StringForm<Lods>>(size);
                 return true;
             case Mnemonic.Scasb:
             case Mnemonic.Scasw:
             case Mnemonic.Scasd:
             case Mnemonic.Scasq:
-                insn->Handler = Forms.Pick<ScasForm>(size);
+                insn->Handler = Forms.Pick<StringForm<Scas>>(size);
                 return true;
             case Mnemonic.Cmpsb:
             case Mnemonic.Cmpsw:
             case Mnemonic.Cmpsd when IsString(instruction):
             case Mnemonic.Cmpsq:
-                insn->Handler = Forms.Pick<CmpsForm>(size);
+                insn->Handler = Forms.Pick<StringForm<Cmps>>(size);
                 return true;
             case Mnemonic.Insb:
             case Mnemonic.Insw:
@@ -966,13 +966,13 @@ internal static unsafe class Binder
                 insn->Handler = Forms.Pick<PushSeg>(size);
                 break;
             case OpKind.Register:
-                insn->Handler = Forms.Pick<PushR>(size);
+                insn->Handler = Forms.Pick<PushForm<FromR0>>(size);
                 break;
             case OpKind.Memory:
-                insn->Handler = Forms.Pick<PushM>(size);
+                insn->Handler = Forms.Pick<PushForm<FromMemory>>(size);
                 break;
             default:
-                insn->Handler = Forms.Pick<PushI>(size);
+                insn->Handler = Forms.Pick<PushForm<FromImmediate>>(size);
                 break;
         }
     }

@@ -324,46 +324,15 @@ internal static unsafe class Shift
         where T : unmanaged => ((value >> ((8 * sizeof(T)) - 1)) & 1) != 0;
 }
 
-/// <summary>reg op= reg.</summary>
-internal readonly unsafe struct AluRR<TOp> : IForm
+/// <summary>reg op= source.</summary>
+internal readonly unsafe struct AluR<TOp, TSource> : IForm
     where TOp : struct, IBinary
+    where TSource : struct, ISource
 {
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
-        ulong left = Reg.Get<T>(cpu, insn->R0);
-        ulong right = Reg.Get<T>(cpu, insn->R1);
-        ulong result = Reg.Truncate<T>(TOp.Compute<T>(cpu, left, right));
-        Reg.Set<T>(cpu, insn->R0, result);
-        TOp.SetFlags<T>(cpu, left, right, result);
-        return Status.Next;
-    }
-}
-
-/// <summary>reg op= immediate.</summary>
-internal readonly unsafe struct AluRI<TOp> : IForm
-    where TOp : struct, IBinary
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        ulong left = Reg.Get<T>(cpu, insn->R0);
-        ulong right = Reg.Truncate<T>(insn->Immediate);
-        ulong result = Reg.Truncate<T>(TOp.Compute<T>(cpu, left, right));
-        Reg.Set<T>(cpu, insn->R0, result);
-        TOp.SetFlags<T>(cpu, left, right, result);
-        return Status.Next;
-    }
-}
-
-/// <summary>reg op= mem.</summary>
-internal readonly unsafe struct AluRM<TOp> : IForm
-    where TOp : struct, IBinary
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        if (!Reg.LoadOperand<T>(cpu, insn, out ulong right))
+        if (!TSource.Get<T>(cpu, insn, out ulong right))
         {
             return Status.Fault;
         }
@@ -376,135 +345,50 @@ internal readonly unsafe struct AluRM<TOp> : IForm
     }
 }
 
-/// <summary>mem op= reg (unary operations and shifts by CL included: R1 is the register).</summary>
-internal readonly unsafe struct AluMR<TOp> : IForm
+/// <summary>mem op= reg or immediate (unary operations and shifts by CL included: R1 is the register).</summary>
+internal readonly unsafe struct AluM<TOp, TSource> : IForm
     where TOp : struct, IBinary
+    where TSource : struct, ISource
 {
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
-        return Mem.Address(cpu, insn, (uint)sizeof(T), true, out ulong linear)
-            ? Modify.Plain<TOp, T>(cpu, linear, Reg.Get<T>(cpu, insn->R1))
+        return Mem.Address(cpu, insn, (uint)sizeof(T), true, out ulong linear) &&
+            TSource.Get<T>(cpu, insn, out ulong right)
+            ? Modify.Plain<TOp, T>(cpu, linear, right)
             : Status.Fault;
     }
 }
 
-/// <summary>mem op= immediate.</summary>
-internal readonly unsafe struct AluMI<TOp> : IForm
+/// <summary>lock mem op= reg or immediate.</summary>
+internal readonly unsafe struct LockM<TOp, TSource> : IForm
     where TOp : struct, IBinary
+    where TSource : struct, ISource
 {
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
-        return Mem.Address(cpu, insn, (uint)sizeof(T), true, out ulong linear)
-            ? Modify.Plain<TOp, T>(cpu, linear, Reg.Truncate<T>(insn->Immediate))
+        return Mem.Address(cpu, insn, (uint)sizeof(T), true, out ulong linear) &&
+            TSource.Get<T>(cpu, insn, out ulong right)
+            ? Modify.Locked<TOp, T>(cpu, linear, right)
             : Status.Fault;
     }
 }
 
-/// <summary>lock mem op= reg.</summary>
-internal readonly unsafe struct LockMR<TOp> : IForm
+/// <summary>Flags of left op right (CMP, TEST).</summary>
+internal readonly unsafe struct CompareForm<TOp, TLeft, TRight> : IForm
     where TOp : struct, IBinary
+    where TLeft : struct, ISource
+    where TRight : struct, ISource
 {
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
-        return Mem.Address(cpu, insn, (uint)sizeof(T), true, out ulong linear)
-            ? Modify.Locked<TOp, T>(cpu, linear, Reg.Get<T>(cpu, insn->R1))
-            : Status.Fault;
-    }
-}
-
-/// <summary>lock mem op= immediate.</summary>
-internal readonly unsafe struct LockMI<TOp> : IForm
-    where TOp : struct, IBinary
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        return Mem.Address(cpu, insn, (uint)sizeof(T), true, out ulong linear)
-            ? Modify.Locked<TOp, T>(cpu, linear, Reg.Truncate<T>(insn->Immediate))
-            : Status.Fault;
-    }
-}
-
-/// <summary>Flags of reg op reg (CMP, TEST).</summary>
-internal readonly unsafe struct CompareRR<TOp> : IForm
-    where TOp : struct, IBinary
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        ulong left = Reg.Get<T>(cpu, insn->R0);
-        ulong right = Reg.Get<T>(cpu, insn->R1);
-        TOp.SetFlags<T>(cpu, left, right, Reg.Truncate<T>(TOp.Compute<T>(cpu, left, right)));
-        return Status.Next;
-    }
-}
-
-/// <summary>Flags of reg op immediate.</summary>
-internal readonly unsafe struct CompareRI<TOp> : IForm
-    where TOp : struct, IBinary
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        ulong left = Reg.Get<T>(cpu, insn->R0);
-        ulong right = Reg.Truncate<T>(insn->Immediate);
-        TOp.SetFlags<T>(cpu, left, right, Reg.Truncate<T>(TOp.Compute<T>(cpu, left, right)));
-        return Status.Next;
-    }
-}
-
-/// <summary>Flags of reg op mem.</summary>
-internal readonly unsafe struct CompareRM<TOp> : IForm
-    where TOp : struct, IBinary
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        if (!Reg.LoadOperand<T>(cpu, insn, out ulong right))
+        if (!TLeft.Get<T>(cpu, insn, out ulong left) || !TRight.Get<T>(cpu, insn, out ulong right))
         {
             return Status.Fault;
         }
 
-        ulong left = Reg.Get<T>(cpu, insn->R0);
-        TOp.SetFlags<T>(cpu, left, right, Reg.Truncate<T>(TOp.Compute<T>(cpu, left, right)));
-        return Status.Next;
-    }
-}
-
-/// <summary>Flags of mem op reg.</summary>
-internal readonly unsafe struct CompareMR<TOp> : IForm
-    where TOp : struct, IBinary
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        if (!Reg.LoadOperand<T>(cpu, insn, out ulong left))
-        {
-            return Status.Fault;
-        }
-
-        ulong right = Reg.Get<T>(cpu, insn->R1);
-        TOp.SetFlags<T>(cpu, left, right, Reg.Truncate<T>(TOp.Compute<T>(cpu, left, right)));
-        return Status.Next;
-    }
-}
-
-/// <summary>Flags of mem op immediate.</summary>
-internal readonly unsafe struct CompareMI<TOp> : IForm
-    where TOp : struct, IBinary
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        if (!Reg.LoadOperand<T>(cpu, insn, out ulong left))
-        {
-            return Status.Fault;
-        }
-
-        ulong right = Reg.Truncate<T>(insn->Immediate);
         TOp.SetFlags<T>(cpu, left, right, Reg.Truncate<T>(TOp.Compute<T>(cpu, left, right)));
         return Status.Next;
     }

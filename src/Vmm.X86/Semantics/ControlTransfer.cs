@@ -217,25 +217,13 @@ internal readonly unsafe struct RetNear : IForm
     }
 }
 
-internal readonly unsafe struct PushR : IForm
+/// <summary>PUSH: the register is in R0.</summary>
+internal readonly unsafe struct PushForm<TSource> : IForm
+    where TSource : struct, ISource
 {
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged =>
-        Stack.Push<T>(cpu, Reg.Get<T>(cpu, insn->R0)) ? Status.Next : Status.Fault;
-}
-
-internal readonly unsafe struct PushI : IForm
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged =>
-        Stack.Push<T>(cpu, insn->Immediate) ? Status.Next : Status.Fault;
-}
-
-internal readonly unsafe struct PushM : IForm
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged =>
-        Reg.LoadOperand<T>(cpu, insn, out ulong value) && Stack.Push<T>(cpu, value) ? Status.Next : Status.Fault;
+        TSource.Get<T>(cpu, insn, out ulong value) && Stack.Push<T>(cpu, value) ? Status.Next : Status.Fault;
 }
 
 internal readonly unsafe struct PopR : IForm

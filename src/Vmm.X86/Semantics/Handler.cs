@@ -34,6 +34,58 @@ internal unsafe interface IBinary
         where T : unmanaged;
 }
 
+/// <summary>Where a form takes its last operand from.</summary>
+internal unsafe interface ISource
+{
+    /// <summary>The operand, zero-extended; false after a fault.</summary>
+    static abstract bool Get<T>(CpuContext* cpu, Insn* insn, out ulong value)
+        where T : unmanaged;
+}
+
+/// <summary>The register in R0.</summary>
+internal readonly unsafe struct FromR0 : ISource
+{
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static bool Get<T>(CpuContext* cpu, Insn* insn, out ulong value)
+        where T : unmanaged
+    {
+        value = Reg.Get<T>(cpu, insn->R0);
+        return true;
+    }
+}
+
+/// <summary>The register in R1.</summary>
+internal readonly unsafe struct FromR1 : ISource
+{
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static bool Get<T>(CpuContext* cpu, Insn* insn, out ulong value)
+        where T : unmanaged
+    {
+        value = Reg.Get<T>(cpu, insn->R1);
+        return true;
+    }
+}
+
+/// <summary>The immediate.</summary>
+internal readonly unsafe struct FromImmediate : ISource
+{
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static bool Get<T>(CpuContext* cpu, Insn* insn, out ulong value)
+        where T : unmanaged
+    {
+        value = Reg.Truncate<T>(insn->Immediate);
+        return true;
+    }
+}
+
+/// <summary>The memory operand.</summary>
+internal readonly unsafe struct FromMemory : ISource
+{
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static bool Get<T>(CpuContext* cpu, Insn* insn, out ulong value)
+        where T : unmanaged => Reg.LoadOperand<T>(cpu, insn, out value);
+}
+
 /// <summary>Picks the instance of a form for an operand size.</summary>
 internal static unsafe class Forms
 {
@@ -279,7 +331,7 @@ internal static unsafe class Modify
         byte* pointer = Mem.WritePointer(cpu, linear, (uint)sizeof(T));
         if (pointer == null)
         {
-            return Slow<TOp, T>(cpu, linear, right);
+            return Slow<TOp, T>(cpu, linear, right, out _);
         }
 
         ulong left = Reg.Load<T>(pointer);
@@ -292,23 +344,30 @@ internal static unsafe class Modify
     /// <summary>With LOCK.</summary>
     public static Status Locked<TOp, T>(CpuContext* cpu, ulong linear, ulong right)
         where TOp : struct, IBinary
+        where T : unmanaged => Locked<TOp, T>(cpu, linear, right, out _);
+
+    /// <summary>With LOCK; answers what was there before.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static Status Locked<TOp, T>(CpuContext* cpu, ulong linear, ulong right, out ulong left)
+        where TOp : struct, IBinary
         where T : unmanaged
     {
         byte* pointer = Mem.AtomicPointer(cpu, linear, (uint)sizeof(T), out bool fault);
         if (pointer == null)
         {
+            left = 0;
             if (fault)
             {
                 return Status.Fault;
             }
 
             Mem.LockSplit(cpu);
-            Status status = Slow<TOp, T>(cpu, linear, right);
+            Status status = Slow<TOp, T>(cpu, linear, right, out left);
             Mem.UnlockSplit(cpu);
             return status;
         }
 
-        ulong left = Reg.Load<T>(pointer);
+        left = Reg.Load<T>(pointer);
         while (true)
         {
             ulong result = Reg.Truncate<T>(TOp.Compute<T>(cpu, left, right));
@@ -324,12 +383,14 @@ internal static unsafe class Modify
     }
 
     [MethodImpl(MethodImplOptions.NoInlining)]
-    private static Status Slow<TOp, T>(CpuContext* cpu, ulong linear, ulong right)
+    private static Status Slow<TOp, T>(CpuContext* cpu, ulong linear, ulong right, out ulong left)
         where TOp : struct, IBinary
         where T : unmanaged
     {
-        ulong left = 0;
-        if (!Mem.ReadForWrite(cpu, linear, (byte*)&left, sizeof(T)))
+        ulong old = 0;
+        bool done = Mem.ReadForWrite(cpu, linear, (byte*)&old, sizeof(T));
+        left = old;
+        if (!done)
         {
             return Status.Fault;
         }
@@ -342,6 +403,39 @@ internal static unsafe class Modify
 
         TOp.SetFlags<T>(cpu, left, right, result);
         return Status.Next;
+    }
+}
+
+/// <summary>CMPXCHG and CMPXCHG8B of memory, with or without LOCK.</summary>
+internal static unsafe class Exchange
+{
+    /// <summary>False after a fault. The destination is always written (SDM 2A).</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static bool Compare<T>(CpuContext* cpu, ulong linear, ulong desired, ulong expected, out ulong seen)
+        where T : unmanaged
+    {
+        byte* pointer = Mem.AtomicPointer(cpu, linear, (uint)sizeof(T), out bool fault);
+        if (pointer != null)
+        {
+            seen = Reg.CompareExchange<T>(pointer, desired, expected);
+            return true;
+        }
+
+        seen = 0;
+        return !fault && Slow(cpu, linear, desired, expected, out seen, sizeof(T));
+    }
+
+    [MethodImpl(MethodImplOptions.NoInlining)]
+    private static bool Slow(CpuContext* cpu, ulong linear, ulong desired, ulong expected, out ulong seen, int size)
+    {
+        Mem.LockSplit(cpu);
+        ulong old = 0;
+        bool done = Mem.ReadForWrite(cpu, linear, (byte*)&old, size);
+        ulong stored = old == expected ? desired : old;
+        done = done && Mem.WriteBytes(cpu, linear, (byte*)&stored, size);
+        Mem.UnlockSplit(cpu);
+        seen = old;
+        return done;
     }
 }
 

@@ -7,32 +7,14 @@ namespace Vmm.X86;
 
 // Data movement, multiplication, division, bit fields and the rest of the general instruction set.
 
-internal readonly unsafe struct MovRR : IForm
+/// <summary>reg = source.</summary>
+internal readonly unsafe struct MovR<TSource> : IForm
+    where TSource : struct, ISource
 {
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
-        Reg.Set<T>(cpu, insn->R0, Reg.Get<T>(cpu, insn->R1));
-        return Status.Next;
-    }
-}
-
-internal readonly unsafe struct MovRI : IForm
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        Reg.Set<T>(cpu, insn->R0, insn->Immediate);
-        return Status.Next;
-    }
-}
-
-internal readonly unsafe struct MovRM : IForm
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        if (!Reg.LoadOperand<T>(cpu, insn, out ulong value))
+        if (!TSource.Get<T>(cpu, insn, out ulong value))
         {
             return Status.Fault;
         }
@@ -42,18 +24,15 @@ internal readonly unsafe struct MovRM : IForm
     }
 }
 
-internal readonly unsafe struct MovMR : IForm
+/// <summary>mem = reg or immediate.</summary>
+internal readonly unsafe struct MovM<TSource> : IForm
+    where TSource : struct, ISource
 {
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged =>
-        Reg.StoreOperand<T>(cpu, insn, Reg.Get<T>(cpu, insn->R1)) ? Status.Next : Status.Fault;
-}
-
-internal readonly unsafe struct MovMI : IForm
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged =>
-        Reg.StoreOperand<T>(cpu, insn, insn->Immediate) ? Status.Next : Status.Fault;
+        TSource.Get<T>(cpu, insn, out ulong value) && Reg.StoreOperand<T>(cpu, insn, value)
+            ? Status.Next
+            : Status.Fault;
 }
 
 internal readonly unsafe struct LeaForm : IForm
@@ -67,27 +46,15 @@ internal readonly unsafe struct LeaForm : IForm
 }
 
 /// <summary>MOVZX/MOVSX/MOVSXD: T is the destination; the source's type is an argument.</summary>
-internal readonly unsafe struct ExtendR<TFrom, TSigned> : IForm
+internal readonly unsafe struct ExtendForm<TFrom, TSigned, TSource> : IForm
     where TFrom : unmanaged
     where TSigned : struct
+    where TSource : struct, ISource
 {
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
-        ulong value = Reg.Get<TFrom>(cpu, insn->R1);
-        Reg.Set<T>(cpu, insn->R0, typeof(TSigned) == typeof(SignedTag) ? Flags.SignExtend<TFrom>(value) : value);
-        return Status.Next;
-    }
-}
-
-internal readonly unsafe struct ExtendM<TFrom, TSigned> : IForm
-    where TFrom : unmanaged
-    where TSigned : struct
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        if (!Reg.LoadOperand<TFrom>(cpu, insn, out ulong value))
+        if (!TSource.Get<TFrom>(cpu, insn, out ulong value))
         {
             return Status.Fault;
         }
@@ -208,46 +175,12 @@ internal readonly unsafe struct XaddMR : IForm
             return Status.Fault;
         }
 
-        ulong right = Reg.Get<T>(cpu, insn->R1);
-        byte* pointer = Mem.AtomicPointer(cpu, linear, (uint)sizeof(T), out bool fault);
-        ulong left;
-        ulong result;
-        if (pointer != null)
+        if (Modify.Locked<OpAdd, T>(cpu, linear, Reg.Get<T>(cpu, insn->R1), out ulong left) == Status.Fault)
         {
-            left = Reg.Load<T>(pointer);
-            while (true)
-            {
-                result = Reg.Truncate<T>(left + right);
-                ulong seen = Reg.CompareExchange<T>(pointer, result, left);
-                if (seen == left)
-                {
-                    break;
-                }
-
-                left = seen;
-            }
-        }
-        else
-        {
-            if (fault)
-            {
-                return Status.Fault;
-            }
-
-            Mem.LockSplit(cpu);
-            left = 0;
-            bool done = Mem.ReadForWrite(cpu, linear, (byte*)&left, sizeof(T));
-            result = Reg.Truncate<T>(left + right);
-            done = done && Mem.WriteBytes(cpu, linear, (byte*)&result, sizeof(T));
-            Mem.UnlockSplit(cpu);
-            if (!done)
-            {
-                return Status.Fault;
-            }
+            return Status.Fault;
         }
 
         Reg.Set<T>(cpu, insn->R1, left);
-        Flags.Add<T>(cpu, left, right, result);
         return Status.Next;
     }
 }
@@ -274,42 +207,17 @@ internal readonly unsafe struct CmpxchgRR : IForm
     }
 }
 
-/// <summary>CMPXCHG mem, reg, with or without LOCK. The destination is always written (SDM 2A).</summary>
+/// <summary>CMPXCHG mem, reg, with or without LOCK.</summary>
 internal readonly unsafe struct CmpxchgMR : IForm
 {
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
-        if (!Mem.Address(cpu, insn, (uint)sizeof(T), true, out ulong linear))
+        ulong accumulator = Reg.Get<T>(cpu, Reg.Rax);
+        if (!Mem.Address(cpu, insn, (uint)sizeof(T), true, out ulong linear) ||
+            !Exchange.Compare<T>(cpu, linear, Reg.Get<T>(cpu, insn->R1), accumulator, out ulong left))
         {
             return Status.Fault;
-        }
-
-        ulong accumulator = Reg.Get<T>(cpu, Reg.Rax);
-        ulong source = Reg.Get<T>(cpu, insn->R1);
-        byte* pointer = Mem.AtomicPointer(cpu, linear, (uint)sizeof(T), out bool fault);
-        ulong left;
-        if (pointer != null)
-        {
-            left = Reg.CompareExchange<T>(pointer, source, accumulator);
-        }
-        else
-        {
-            if (fault)
-            {
-                return Status.Fault;
-            }
-
-            Mem.LockSplit(cpu);
-            left = 0;
-            bool done = Mem.ReadForWrite(cpu, linear, (byte*)&left, sizeof(T));
-            ulong stored = left == accumulator ? source : left;
-            done = done && Mem.WriteBytes(cpu, linear, (byte*)&stored, sizeof(T));
-            Mem.UnlockSplit(cpu);
-            if (!done)
-            {
-                return Status.Fault;
-            }
         }
 
         if (left != accumulator)
@@ -415,24 +323,14 @@ internal unsafe interface IScan
         where T : unmanaged;
 }
 
-internal readonly unsafe struct ScanR<TOp> : IForm
+internal readonly unsafe struct Scan<TOp, TSource> : IForm
     where TOp : struct, IScan
+    where TSource : struct, ISource
 {
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
-        TOp.Run<T>(cpu, insn->R0, Reg.Get<T>(cpu, insn->R1));
-        return Status.Next;
-    }
-}
-
-internal readonly unsafe struct ScanM<TOp> : IForm
-    where TOp : struct, IScan
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        if (!Reg.LoadOperand<T>(cpu, insn, out ulong value))
+        if (!TSource.Get<T>(cpu, insn, out ulong value))
         {
             return Status.Fault;
         }
@@ -627,105 +525,56 @@ internal static unsafe class Multiply
     }
 }
 
-internal readonly unsafe struct MulR : IForm
+/// <summary>MUL, IMUL, DIV and IDIV of the accumulator by an operand.</summary>
+internal unsafe interface IAccumulate
+{
+    static abstract Status Run<T>(CpuContext* cpu, ulong right)
+        where T : unmanaged;
+}
+
+internal readonly unsafe struct Accumulate<TOp, TSource> : IForm
+    where TOp : struct, IAccumulate
+    where TSource : struct, ISource
 {
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
+        where T : unmanaged =>
+        TSource.Get<T>(cpu, insn, out ulong right) ? TOp.Run<T>(cpu, right) : Status.Fault;
+}
+
+internal readonly unsafe struct OpMul : IAccumulate
+{
+    public static Status Run<T>(CpuContext* cpu, ulong right)
         where T : unmanaged
     {
-        Multiply.Unsigned<T>(cpu, Reg.Get<T>(cpu, insn->R0));
+        Multiply.Unsigned<T>(cpu, right);
         return Status.Next;
     }
 }
 
-internal readonly unsafe struct MulM : IForm
+internal readonly unsafe struct OpImul : IAccumulate
+{
+    public static Status Run<T>(CpuContext* cpu, ulong right)
+        where T : unmanaged
+    {
+        Multiply.Signed<T>(cpu, right);
+        return Status.Next;
+    }
+}
+
+/// <summary>IMUL with two or three operands.</summary>
+internal readonly unsafe struct ImulInto<TLeft, TRight> : IForm
+    where TLeft : struct, ISource
+    where TRight : struct, ISource
 {
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
-        if (!Reg.LoadOperand<T>(cpu, insn, out ulong value))
+        if (!TLeft.Get<T>(cpu, insn, out ulong left) || !TRight.Get<T>(cpu, insn, out ulong right))
         {
             return Status.Fault;
         }
 
-        Multiply.Unsigned<T>(cpu, value);
-        return Status.Next;
-    }
-}
-
-internal readonly unsafe struct Imul1R : IForm
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        Multiply.Signed<T>(cpu, Reg.Get<T>(cpu, insn->R0));
-        return Status.Next;
-    }
-}
-
-internal readonly unsafe struct Imul1M : IForm
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        if (!Reg.LoadOperand<T>(cpu, insn, out ulong value))
-        {
-            return Status.Fault;
-        }
-
-        Multiply.Signed<T>(cpu, value);
-        return Status.Next;
-    }
-}
-
-internal readonly unsafe struct Imul2R : IForm
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        Reg.Set<T>(
-            cpu, insn->R0,
-            Multiply.Truncated<T>(cpu, Reg.Get<T>(cpu, insn->R0), Reg.Get<T>(cpu, insn->R1)));
-        return Status.Next;
-    }
-}
-
-internal readonly unsafe struct Imul2M : IForm
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        if (!Reg.LoadOperand<T>(cpu, insn, out ulong value))
-        {
-            return Status.Fault;
-        }
-
-        Reg.Set<T>(cpu, insn->R0, Multiply.Truncated<T>(cpu, Reg.Get<T>(cpu, insn->R0), value));
-        return Status.Next;
-    }
-}
-
-internal readonly unsafe struct Imul3R : IForm
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        Reg.Set<T>(
-            cpu, insn->R0, Multiply.Truncated<T>(cpu, Reg.Get<T>(cpu, insn->R1), insn->Immediate));
-        return Status.Next;
-    }
-}
-
-internal readonly unsafe struct Imul3M : IForm
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        if (!Reg.LoadOperand<T>(cpu, insn, out ulong value))
-        {
-            return Status.Fault;
-        }
-
-        Reg.Set<T>(cpu, insn->R0, Multiply.Truncated<T>(cpu, value, insn->Immediate));
+        Reg.Set<T>(cpu, insn->R0, Multiply.Truncated<T>(cpu, left, right));
         return Status.Next;
     }
 }
@@ -853,30 +702,16 @@ internal static unsafe class Divide
     }
 }
 
-internal readonly unsafe struct DivR : IForm
+internal readonly unsafe struct OpDiv : IAccumulate
 {
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged => Divide.Unsigned<T>(cpu, Reg.Get<T>(cpu, insn->R0));
+    public static Status Run<T>(CpuContext* cpu, ulong right)
+        where T : unmanaged => Divide.Unsigned<T>(cpu, right);
 }
 
-internal readonly unsafe struct DivM : IForm
+internal readonly unsafe struct OpIdiv : IAccumulate
 {
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged =>
-        Reg.LoadOperand<T>(cpu, insn, out ulong value) ? Divide.Unsigned<T>(cpu, value) : Status.Fault;
-}
-
-internal readonly unsafe struct IdivR : IForm
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged => Divide.Signed<T>(cpu, Reg.Get<T>(cpu, insn->R0));
-}
-
-internal readonly unsafe struct IdivM : IForm
-{
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged =>
-        Reg.LoadOperand<T>(cpu, insn, out ulong value) ? Divide.Signed<T>(cpu, value) : Status.Fault;
+    public static Status Run<T>(CpuContext* cpu, ulong right)
+        where T : unmanaged => Divide.Signed<T>(cpu, right);
 }
 
 /// <summary>SHLD/SHRD with the count in Immediate, or CL when Aux is set. R1 is the second operand.</summary>
@@ -1405,28 +1240,9 @@ internal static unsafe class Misc
 
         ulong expected = (uint)cpu->Rax | (cpu->Rdx << 32);
         ulong desired = (uint)cpu->Rbx | (cpu->Rcx << 32);
-        byte* pointer = Mem.AtomicPointer(cpu, linear, 8, out bool fault);
-        ulong seen;
-        if (pointer != null)
+        if (!Exchange.Compare<ulong>(cpu, linear, desired, expected, out ulong seen))
         {
-            seen = Reg.CompareExchange<ulong>(pointer, desired, expected);
-        }
-        else
-        {
-            if (fault)
-            {
-                return Status.Fault;
-            }
-
-            Mem.LockSplit(cpu);
-            bool done = Mem.ReadForWrite(cpu, linear, (byte*)&seen, 8);
-            ulong stored = seen == expected ? desired : seen;
-            done = done && Mem.WriteBytes(cpu, linear, (byte*)&stored, 8);
-            Mem.UnlockSplit(cpu);
-            if (!done)
-            {
-                return Status.Fault;
-            }
+            return Status.Fault;
         }
 
         ulong flags = Flags.GetArithmetic(cpu) & ~Rflags.Zf;

@@ -76,6 +76,12 @@ internal static unsafe class Strings
     public static ulong Budget(CpuContext* cpu, ulong normal) =>
         (cpu->RflagsSystem & Rflags.Tf) != 0 || (cpu->Dr7 & 0xFF) != 0 ? 1 : normal;
 
+    /// <summary>What an index register moves by, in the direction of DF.</summary>
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
+    public static ulong Step<T>(CpuContext* cpu)
+        where T : unmanaged =>
+        (cpu->RflagsSystem & Rflags.Df) != 0 ? 0UL - (uint)sizeof(T) : (uint)sizeof(T);
+
     /// <summary>Ends a batch: the instruction continues when the count is not exhausted.</summary>
     public static Status Again(CpuContext* cpu, Insn* insn)
     {
@@ -89,24 +95,83 @@ internal static unsafe class Strings
     }
 }
 
-internal readonly unsafe struct MovsForm : IForm
+/// <summary>One element of a string instruction.</summary>
+internal unsafe interface IStringOperation
+{
+    /// <summary>Its repetition ends by the zero flag, too.</summary>
+    static abstract bool Compares { get; }
+
+    /// <summary>Does one element; false after a fault, with nothing changed.</summary>
+    static abstract bool One<T>(CpuContext* cpu, Insn* insn)
+        where T : unmanaged;
+}
+
+/// <summary>An element, or many at once.</summary>
+internal unsafe interface IBulkString
+{
+    /// <inheritdoc cref="IStringOperation.One"/>
+    static abstract bool One<T>(CpuContext* cpu, Insn* insn)
+        where T : unmanaged;
+
+    /// <summary>How many of <paramref name="count"/> elements it has done; 0 when only <see cref="One"/> can tell.</summary>
+    static abstract ulong Fast<T>(CpuContext* cpu, Insn* insn, ulong count)
+        where T : unmanaged;
+}
+
+/// <summary>LODS, SCAS, CMPS, repeated or not.</summary>
+internal readonly unsafe struct StringForm<TOp> : IForm
+    where TOp : struct, IStringOperation
 {
     public static Status Run<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
         if (!Strings.IsRepeated(insn))
         {
-            return One<T>(cpu, insn) ? Status.Next : Status.Fault;
+            return TOp.One<T>(cpu, insn) ? Status.Next : Status.Fault;
+        }
+
+        bool untilEqual = (insn->Flags & InsnFlags.Repne) != 0;
+        ulong count = Strings.Count(cpu, insn);
+        ulong budget = Strings.Budget(cpu, Strings.SlowBatch);
+        for (ulong i = 0; i < budget && count != 0; i++)
+        {
+            if (!TOp.One<T>(cpu, insn))
+            {
+                return Status.Fault;
+            }
+
+            count--;
+            Strings.Set(cpu, insn, Reg.Rcx, count);
+            if (TOp.Compares && Flags.Zero(cpu) == untilEqual)
+            {
+                return Status.Next;
+            }
+        }
+
+        return Strings.Again(cpu, insn);
+    }
+}
+
+/// <summary>MOVS and STOS, repeated or not.</summary>
+internal readonly unsafe struct BulkForm<TOp> : IForm
+    where TOp : struct, IBulkString
+{
+    public static Status Run<T>(CpuContext* cpu, Insn* insn)
+        where T : unmanaged
+    {
+        if (!Strings.IsRepeated(insn))
+        {
+            return TOp.One<T>(cpu, insn) ? Status.Next : Status.Fault;
         }
 
         ulong count = Strings.Count(cpu, insn);
         ulong budget = Strings.Budget(cpu, Strings.Batch);
         while (count != 0 && budget != 0)
         {
-            ulong done = Fast<T>(cpu, insn, Math.Min(count, budget));
+            ulong done = TOp.Fast<T>(cpu, insn, Math.Min(count, budget));
             if (done == 0)
             {
-                if (!One<T>(cpu, insn))
+                if (!TOp.One<T>(cpu, insn))
                 {
                     return Status.Fault;
                 }
@@ -125,8 +190,11 @@ internal readonly unsafe struct MovsForm : IForm
 
         return Strings.Again(cpu, insn);
     }
+}
 
-    private static bool One<T>(CpuContext* cpu, Insn* insn)
+internal readonly unsafe struct Movs : IBulkString
+{
+    public static bool One<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
         ulong mask = Strings.Mask(insn);
@@ -138,13 +206,13 @@ internal readonly unsafe struct MovsForm : IForm
             return false;
         }
 
-        ulong step = (cpu->RflagsSystem & Rflags.Df) != 0 ? 0UL - (uint)sizeof(T) : (uint)sizeof(T);
+        ulong step = Strings.Step<T>(cpu);
         Strings.Set(cpu, insn, Reg.Rsi, cpu->Rsi + step);
         Strings.Set(cpu, insn, Reg.Rdi, cpu->Rdi + step);
         return true;
     }
 
-    private static ulong Fast<T>(CpuContext* cpu, Insn* insn, ulong count)
+    public static ulong Fast<T>(CpuContext* cpu, Insn* insn, ulong count)
         where T : unmanaged
     {
         if ((cpu->RflagsSystem & Rflags.Df) != 0 || insn->AddressSize == 2)
@@ -198,44 +266,9 @@ internal readonly unsafe struct MovsForm : IForm
     }
 }
 
-internal readonly unsafe struct StosForm : IForm
+internal readonly unsafe struct Stos : IBulkString
 {
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        if (!Strings.IsRepeated(insn))
-        {
-            return One<T>(cpu, insn) ? Status.Next : Status.Fault;
-        }
-
-        ulong count = Strings.Count(cpu, insn);
-        ulong budget = Strings.Budget(cpu, Strings.Batch);
-        while (count != 0 && budget != 0)
-        {
-            ulong done = Fast<T>(cpu, insn, Math.Min(count, budget));
-            if (done == 0)
-            {
-                if (!One<T>(cpu, insn))
-                {
-                    return Status.Fault;
-                }
-
-                done = 1;
-                budget -= Math.Min(budget, 64);
-            }
-            else
-            {
-                budget -= done;
-            }
-
-            count -= done;
-            Strings.Set(cpu, insn, Reg.Rcx, count);
-        }
-
-        return Strings.Again(cpu, insn);
-    }
-
-    private static bool One<T>(CpuContext* cpu, Insn* insn)
+    public static bool One<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
         ulong value = cpu->Rax;
@@ -246,12 +279,12 @@ internal readonly unsafe struct StosForm : IForm
             return false;
         }
 
-        ulong step = (cpu->RflagsSystem & Rflags.Df) != 0 ? 0UL - (uint)sizeof(T) : (uint)sizeof(T);
+        ulong step = Strings.Step<T>(cpu);
         Strings.Set(cpu, insn, Reg.Rdi, cpu->Rdi + step);
         return true;
     }
 
-    private static ulong Fast<T>(CpuContext* cpu, Insn* insn, ulong count)
+    public static ulong Fast<T>(CpuContext* cpu, Insn* insn, ulong count)
         where T : unmanaged
     {
         if ((cpu->RflagsSystem & Rflags.Df) != 0 || insn->AddressSize == 2)
@@ -287,33 +320,11 @@ internal readonly unsafe struct StosForm : IForm
     }
 }
 
-internal readonly unsafe struct LodsForm : IForm
+internal readonly unsafe struct Lods : IStringOperation
 {
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        if (!Strings.IsRepeated(insn))
-        {
-            return One<T>(cpu, insn) ? Status.Next : Status.Fault;
-        }
+    public static bool Compares => false;
 
-        ulong count = Strings.Count(cpu, insn);
-        ulong budget = Strings.Budget(cpu, Strings.SlowBatch);
-        for (ulong i = 0; i < budget && count != 0; i++)
-        {
-            if (!One<T>(cpu, insn))
-            {
-                return Status.Fault;
-            }
-
-            count--;
-            Strings.Set(cpu, insn, Reg.Rcx, count);
-        }
-
-        return Strings.Again(cpu, insn);
-    }
-
-    private static bool One<T>(CpuContext* cpu, Insn* insn)
+    public static bool One<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
         if (!Strings.Linear(
@@ -323,45 +334,18 @@ internal readonly unsafe struct LodsForm : IForm
             return false;
         }
 
-        ulong step = (cpu->RflagsSystem & Rflags.Df) != 0 ? 0UL - (uint)sizeof(T) : (uint)sizeof(T);
+        ulong step = Strings.Step<T>(cpu);
         Reg.Set<T>(cpu, Reg.Rax, Reg.Load<T>((byte*)&value));
         Strings.Set(cpu, insn, Reg.Rsi, cpu->Rsi + step);
         return true;
     }
 }
 
-internal readonly unsafe struct ScasForm : IForm
+internal readonly unsafe struct Scas : IStringOperation
 {
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        if (!Strings.IsRepeated(insn))
-        {
-            return One<T>(cpu, insn) ? Status.Next : Status.Fault;
-        }
+    public static bool Compares => true;
 
-        bool untilEqual = (insn->Flags & InsnFlags.Repne) != 0;
-        ulong count = Strings.Count(cpu, insn);
-        ulong budget = Strings.Budget(cpu, Strings.SlowBatch);
-        for (ulong i = 0; i < budget && count != 0; i++)
-        {
-            if (!One<T>(cpu, insn))
-            {
-                return Status.Fault;
-            }
-
-            count--;
-            Strings.Set(cpu, insn, Reg.Rcx, count);
-            if (Flags.Zero(cpu) == untilEqual)
-            {
-                return Status.Next;
-            }
-        }
-
-        return Strings.Again(cpu, insn);
-    }
-
-    private static bool One<T>(CpuContext* cpu, Insn* insn)
+    public static bool One<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
         if (!Strings.Linear(
@@ -371,7 +355,7 @@ internal readonly unsafe struct ScasForm : IForm
             return false;
         }
 
-        ulong step = (cpu->RflagsSystem & Rflags.Df) != 0 ? 0UL - (uint)sizeof(T) : (uint)sizeof(T);
+        ulong step = Strings.Step<T>(cpu);
         ulong left = Reg.Get<T>(cpu, Reg.Rax);
         ulong right = Reg.Load<T>((byte*)&raw);
         Flags.Sub<T>(cpu, left, right, Reg.Truncate<T>(left - right));
@@ -380,38 +364,11 @@ internal readonly unsafe struct ScasForm : IForm
     }
 }
 
-internal readonly unsafe struct CmpsForm : IForm
+internal readonly unsafe struct Cmps : IStringOperation
 {
-    public static Status Run<T>(CpuContext* cpu, Insn* insn)
-        where T : unmanaged
-    {
-        if (!Strings.IsRepeated(insn))
-        {
-            return One<T>(cpu, insn) ? Status.Next : Status.Fault;
-        }
+    public static bool Compares => true;
 
-        bool untilEqual = (insn->Flags & InsnFlags.Repne) != 0;
-        ulong count = Strings.Count(cpu, insn);
-        ulong budget = Strings.Budget(cpu, Strings.SlowBatch);
-        for (ulong i = 0; i < budget && count != 0; i++)
-        {
-            if (!One<T>(cpu, insn))
-            {
-                return Status.Fault;
-            }
-
-            count--;
-            Strings.Set(cpu, insn, Reg.Rcx, count);
-            if (Flags.Zero(cpu) == untilEqual)
-            {
-                return Status.Next;
-            }
-        }
-
-        return Strings.Again(cpu, insn);
-    }
-
-    private static bool One<T>(CpuContext* cpu, Insn* insn)
+    public static bool One<T>(CpuContext* cpu, Insn* insn)
         where T : unmanaged
     {
         ulong mask = Strings.Mask(insn);
@@ -423,7 +380,7 @@ internal readonly unsafe struct CmpsForm : IForm
             return false;
         }
 
-        ulong step = (cpu->RflagsSystem & Rflags.Df) != 0 ? 0UL - (uint)sizeof(T) : (uint)sizeof(T);
+        ulong step = Strings.Step<T>(cpu);
         ulong left = Reg.Load<T>((byte*)&one);
         ulong right = Reg.Load<T>((byte*)&two);
         Flags.Sub<T>(cpu, left, right, Reg.Truncate<T>(left - right));
@@ -470,7 +427,7 @@ internal readonly unsafe struct InsForm : IForm
                 return Status.Fault;
             }
 
-            ulong step = (cpu->RflagsSystem & Rflags.Df) != 0 ? 0UL - (uint)sizeof(T) : (uint)sizeof(T);
+            ulong step = Strings.Step<T>(cpu);
             Strings.Set(cpu, insn, Reg.Rdi, cpu->Rdi + step);
             count--;
             if (repeated)
@@ -513,7 +470,7 @@ internal readonly unsafe struct OutsForm : IForm
             }
 
             PortIo.Write(cpu, (ushort)cpu->Rdx, sizeof(T), (uint)Reg.Load<T>((byte*)&value));
-            ulong step = (cpu->RflagsSystem & Rflags.Df) != 0 ? 0UL - (uint)sizeof(T) : (uint)sizeof(T);
+            ulong step = Strings.Step<T>(cpu);
             Strings.Set(cpu, insn, Reg.Rsi, cpu->Rsi + step);
             count--;
             if (repeated)

@@ -288,11 +288,18 @@ internal sealed unsafe partial class Translator
 
         AccessClass access = DataMode == MmuMode.User ? AccessClass.UserTlb : AccessClass.KernelTlb;
         CountAccess(access, AccessCount.Checks);
+        LookUp(new HostMemory(form.Base, form.Index, form.Scale, form.Displacement + size - 1, form.IsContext), table, write);
+        CountAccess(access, AccessCount.Hits);
+    }
+
+    // The TLB entry of the address in T1; last is the operand's last byte, which must lie in the same page. Leaves the entry's
+    // addend in T1.
+    private void LookUp(in HostMemory last, int table, bool write)
+    {
         _e.Shift(5, Host.T1, 7);
         _e.AluImmediate(AluOp.And, Host.T1, (TlbEntry.Count - 1) << 5, wide: false);
-        _e.Lea(
-            Host.T0, new HostMemory(form.Base, form.Index, form.Scale, form.Displacement + size - 1, form.IsContext));
-        _e.AluImmediate(AluOp.And, Host.T0, -4096);
+        _e.Lea(Host.T0, last);
+        _e.AluImmediate(AluOp.And, Host.T0, -PageBytes);
         _e.Alu(AluOp.Or, Host.T0, HostMemory.Context(Offsets.TlbAsid));
         _e.Alu(
             AluOp.Cmp, Host.T0, HostMemory.Context(Host.T1, table + (write ? TlbEntry.WriteTagOffset : TlbEntry.ReadTagOffset)));
@@ -305,7 +312,6 @@ internal sealed unsafe partial class Translator
         }
 
         _e.Load(Host.T1, HostMemory.Context(Host.T1, table + TlbEntry.AddendOffset));
-        CountAccess(access, AccessCount.Hits);
     }
 
     // One more check of a class, in the mode that counts. Destroys flags, as checks do.

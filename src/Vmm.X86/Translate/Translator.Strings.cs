@@ -62,22 +62,7 @@ internal sealed unsafe partial class Translator
         TlbPlaces++;
         int table = CpuContext.TlbOffset + ((int)DataMode * TlbEntry.Count * TlbEntry.SizeBytes);
         _e.Move(Host.T1, register);
-        _e.Shift(5, Host.T1, 7);
-        _e.AluImmediate(AluOp.And, Host.T1, (TlbEntry.Count - 1) << 5, wide: false);
-        _e.Lea(Host.T0, new HostMemory(register, Host.Rcx, BitOperations.Log2((uint)size), -1));
-        _e.AluImmediate(AluOp.And, Host.T0, -PageBytes);
-        _e.Alu(AluOp.Or, Host.T0, HostMemory.Context(Offsets.TlbAsid));
-        _e.Alu(
-            AluOp.Cmp, Host.T0, HostMemory.Context(Host.T1, table + (write ? TlbEntry.WriteTagOffset : TlbEntry.ReadTagOffset)));
-        SlowJump(_e.JumpIf(HostCondition.NotEqual));
-        if (write)
-        {
-            _e.Load(Host.T0, HostMemory.Context(Host.T1, table + TlbEntry.PageFlagsOffset));
-            _e.CompareByte(new HostMemory(Host.T0, 0), (int)Memory.PageFlags.Written);
-            SlowJump(_e.JumpIf(HostCondition.NotEqual));
-        }
-
-        _e.Load(Host.T1, HostMemory.Context(Host.T1, table + TlbEntry.AddendOffset));
+        LookUp(new HostMemory(register, Host.Rcx, BitOperations.Log2((uint)size), -1), table, write);
     }
 
     // BT, BTS, BTR, BTC of memory by a register: the word that holds the bit is checked, and the host, which makes the same

@@ -205,6 +205,7 @@ internal static unsafe class VectorUnit
     }
 
     // Registers only, no MXCSR, no flags.
+    [MethodImpl(MethodImplOptions.AggressiveInlining)]
     private static Status Register_<TGate>(CpuContext* cpu, Insn* insn)
         where TGate : struct, IGate
     {
@@ -223,17 +224,13 @@ internal static unsafe class VectorUnit
     private static Status FlagsRegister<TGate>(CpuContext* cpu, Insn* insn)
         where TGate : struct, IGate
     {
-        if (!TGate.Ready(cpu))
+        Status status = Register_<TGate>(cpu, insn);
+        if (status == Status.Next)
         {
-            return TGate.NotReady(cpu);
+            Flags.SetArithmetic(cpu, VectorScratch.Of(cpu)->Flags);
         }
 
-        // SAFETY: R0 to R2 and Immediate are offsets of registers in the context; Aux is a thunk of the cache, which
-        // outlives all blocks, for exactly these operands.
-        byte* c = (byte*)cpu;
-        ((Thunk*)insn->Aux)->Fast(c + insn->R0, c + insn->R1, c + insn->R2, c + (ushort)insn->Immediate, cpu);
-        Flags.SetArithmetic(cpu, VectorScratch.Of(cpu)->Flags);
-        return Status.Next;
+        return status;
     }
 
     // Operand 1 is memory that is read; no MXCSR, no flags: the bulk of SSE code.
