@@ -122,6 +122,9 @@ public sealed record VmOptions
     /// </summary>
     public Action? OnNumericError { get; init; }
 
+    /// <summary>vCPUs that will be made, if that is known: a driver divides what it has for them.</summary>
+    public int? VcpuCount { get; init; }
+
     /// <summary>Number of I/O APIC pins to reserve routes for.</summary>
     public int IoApicPins { get; init; } = 24;
 }

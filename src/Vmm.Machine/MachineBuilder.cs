@@ -81,6 +81,7 @@ public sealed class MachineBuilder : IDisposable
             Ports = _ports,
             Mmio = _mmio,
             Clock = _clock,
+            VcpuCount = _spec.Cpus.Count,
             Irqchip = mode,
             OnIoApicEoi = vector => endOfInterrupt?.Invoke(vector),
             OnNumericError = () =>

@@ -174,17 +174,34 @@ internal unsafe struct BranchTarget
     public ulong Page;
 }
 
+/// <summary>A linked branch to another page (CodeCache.LinkFar), in a list of those whose pages hash alike.</summary>
+internal unsafe struct FarLink
+{
+    /// <summary>Where it starts.</summary>
+    public byte* Site;
+
+    /// <summary>The linear page that it goes to.</summary>
+    public ulong Page;
+
+    /// <summary>Number of the next one, from 1; 0 at the end.</summary>
+    public int Next;
+}
+
 /// <summary>Unmanaged part of the cache, embedded in the context.</summary>
 internal unsafe struct BlockCache
 {
     public const int Rows = 128;
     public const int RowEntries = 64;
-    public const int Buckets = 1 << 16;
-    public const long ArenaBytes = 96L << 20;
+    public const int Buckets = 1 << BucketBits;
+    private const int BucketBits = 18;
+
+    /// <summary>Records take so many times the bytes of their code.</summary>
+    public const int BytesOfCodeByte = 3;
 
     public JumpEntry* Jumps;
     public Block** Hash;
     public byte* Arena;
+    public long ArenaBytes;
     public long Used;
 
     /// <summary>Blocks decoded, for statistics.</summary>
@@ -200,7 +217,10 @@ internal unsafe struct BlockCache
     public const int BranchWindow = 1 << 11;
 
     /// <summary>Direct branches to other pages that may be linked at a time.</summary>
-    public const int MaxFarSites = 4096;
+    public const int MaxFarLinks = 1 << 16;
+
+    /// <summary>Lists of them, by page.</summary>
+    public const int FarLists = 1 << 10;
 
     /// <summary>The indirect-branch cache: what its entries are for.</summary>
     public BranchKey* BranchKeys;
@@ -208,17 +228,20 @@ internal unsafe struct BlockCache
     /// <summary>The indirect-branch cache: what its entries lead to.</summary>
     public BranchTarget* BranchTargets;
 
-    /// <summary>Linked branches to other pages: where each starts (CodeCache.LinkFar).</summary>
-    public byte** FarSites;
+    /// <summary>Linked branches to other pages.</summary>
+    public FarLink* FarLinks;
 
-    /// <summary>The linear pages that those go to.</summary>
-    public ulong* FarPages;
+    /// <summary>Numbers, from 1, of the first link of each list.</summary>
+    public int* FarHeads;
 
     /// <summary>Words of <see cref="BranchPages"/>.</summary>
     public const int BranchPageWords = 1024;
 
-    /// <summary>Entries of FarSites.</summary>
+    /// <summary>Links that have been taken since all were dropped.</summary>
     public int FarCount;
+
+    /// <summary>Number of the first of those that are free again.</summary>
+    public int FarFree;
 
     /// <summary>Bit n: the indirect-branch cache or a linked branch may lead to a page that hashes to n.</summary>
     public ulong* BranchPages;
@@ -258,15 +281,38 @@ internal unsafe struct BlockCache
             }
         }
 
-        for (int i = FarCount - 1; i >= 0; i--)
+        int* at = &FarHeads[bit & (FarLists - 1)];
+        while (*at != 0)
         {
-            if (((FarPages[i] ^ linear) & ~Mem.PageOffset) == 0)
+            int number = *at;
+            FarLink* link = FarLinks + (number - 1);
+            if (((link->Page ^ linear) & ~Mem.PageOffset) != 0)
             {
-                CodeCache.UnlinkFar(FarSites[i]);
-                FarSites[i] = FarSites[--FarCount];
-                FarPages[i] = FarPages[FarCount];
+                at = &link->Next;
+                continue;
             }
+
+            CodeCache.UnlinkFar(link->Site);
+            *at = link->Next;
+            link->Next = FarFree;
+            FarFree = number;
         }
+    }
+
+    /// <summary>Lists a branch that is being linked; forgets all others when there is no room.</summary>
+    public void AddFar(byte* site, ulong page)
+    {
+        if (FarFree == 0 && FarCount == MaxFarLinks)
+        {
+            UnlinkFar();
+        }
+
+        int number = FarFree != 0 ? FarFree : ++FarCount;
+        FarLink* link = FarLinks + (number - 1);
+        FarFree = FarFree != 0 ? link->Next : 0;
+        ref int head = ref FarHeads[BranchPage(page) & (FarLists - 1)];
+        *link = new FarLink { Site = site, Page = page, Next = head };
+        head = number;
     }
 
     /// <summary>Drops the indirect-branch cache and the links to other pages.</summary>
@@ -287,12 +333,15 @@ internal unsafe struct BlockCache
     /// <summary>Lets branches to other pages ask the dispatcher again.</summary>
     public void UnlinkFar()
     {
+        // Free ones, too: their sites do not lead anywhere, or are listed again.
         for (int i = 0; i < FarCount; i++)
         {
-            CodeCache.UnlinkFar(FarSites[i]);
+            CodeCache.UnlinkFar(FarLinks[i].Site);
         }
 
+        Unsafe.InitBlock(FarHeads, 0, FarLists * sizeof(int));
         FarCount = 0;
+        FarFree = 0;
     }
 
     // A page's bit in the filter.
@@ -309,7 +358,6 @@ internal unsafe struct BlockCache
     public void Clear()
     {
         ForgetAll();
-        FarCount = 0;
         // SAFETY: the vCPU allocated Hash with Buckets entries and frees it after the last Run.
         NativeMemory.Clear(Hash, (nuint)(Buckets * sizeof(Block*)));
         Used = 0;
@@ -364,7 +412,7 @@ internal unsafe struct BlockCache
     private static uint Bucket(ulong physical, uint key)
     {
         ulong mixed = (physical + key) * 0x9E3779B97F4A7C15;
-        return (uint)(mixed >> 48) & (Buckets - 1);
+        return (uint)(mixed >> (64 - BucketBits));
     }
 
     private readonly void ForgetRow(ulong linear)

@@ -9,16 +9,24 @@ namespace Vmm.X86;
 public sealed class SoftHypervisor : IHypervisor
 {
     /// <summary>
-    /// Code memory: thunks, which are bounded by the instruction set, and an arena for each vCPU's translated blocks.
-    /// Pages are committed when they are used; vCPUs beyond the last arena are interpreted.
+    /// Code memory: thunks, which are bounded by the instruction set, and an arena for each vCPU's translated blocks. All of
+    /// it is within reach of a jump. Pages are committed when they are used; vCPUs beyond the last arena are interpreted.
     /// </summary>
-    public const int CodeMemoryBytes = ThunkBytes + (28 * ArenaBytes);
+    public const int CodeMemoryBytes = ThunkBytes + (MaxVcpus * (28 << 20));
 
     /// <summary>Bytes for thunks.</summary>
     internal const int ThunkBytes = 64 << 20;
 
-    /// <summary>Bytes for one vCPU's translated blocks.</summary>
-    internal const int ArenaBytes = 32 << 20;
+    private const int MaxVcpus = 64;
+
+    /// <summary>
+    /// A vCPU that has filled its arena starts again from nothing, so an arena has to hold the code that large programs
+    /// execute (a compiler's takes 120 MB). No vCPU gets more than this.
+    /// </summary>
+    private const int MaxArenaBytes = 256 << 20;
+
+    /// <summary>With these, a small host still runs a guest at a fair speed.</summary>
+    private const int MinArenaBytes = 16 << 20;
 
     private readonly ThunkCache? _thunks;
 
@@ -75,7 +83,7 @@ public sealed class SoftHypervisor : IHypervisor
     /// <inheritdoc/>
     public HypervisorCapabilities Capabilities { get; } = new()
     {
-        MaxVcpus = 64,
+        MaxVcpus = MaxVcpus,
         MaxMemorySlots = SlotTable.MaxSlots,
         IrqchipModes = [IrqchipMode.User],
         ReadOnlyMemory = true,
@@ -96,6 +104,7 @@ public sealed class SoftHypervisor : IHypervisor
         System.ArgumentNullException.ThrowIfNull(options);
         return new SoftVm(options, TscKhz, _thunks)
         {
+            ArenaBytes = ArenaBytes(options.VcpuCount ?? MaxVcpus, System.GC.GetGCMemoryInfo().TotalAvailableMemoryBytes),
             Translate = Translate,
             CountInstructions = CountInstructions || Deterministic,
             Deterministic = Deterministic,
@@ -106,4 +115,14 @@ public sealed class SoftHypervisor : IHypervisor
 
     /// <inheritdoc/>
     public void Dispose() => _thunks?.Dispose();
+
+    /// <summary>
+    /// Bytes for one vCPU's translated blocks: an equal part of the code memory, and of a sixteenth of the host's memory,
+    /// because three times as much goes into the records of the same blocks. A multiple of 64 KiB.
+    /// </summary>
+    internal static int ArenaBytes(int vcpus, long hostBytes)
+    {
+        long part = System.Math.Min(CodeMemoryBytes - ThunkBytes, hostBytes / 16) / System.Math.Clamp(vcpus, 1, MaxVcpus);
+        return (int)System.Math.Clamp(part, MinArenaBytes, MaxArenaBytes) & ~0xFFFF;
+    }
 }

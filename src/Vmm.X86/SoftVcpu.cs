@@ -36,16 +36,16 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         _cpu->Tlbs = (TlbEntry*)((byte*)_cpu + CpuContext.TlbOffset);
         _cpu->Blocks.BranchKeys = (BranchKey*)((byte*)_cpu + CpuContext.BranchKeysOffset);
         _cpu->Blocks.BranchTargets = (BranchTarget*)((byte*)_cpu + CpuContext.BranchTargetsOffset);
-        _cpu->Blocks.FarSites = (byte**)Allocate<nint>(BlockCache.MaxFarSites, 64);
-        _cpu->Blocks.FarPages = Allocate<ulong>(BlockCache.MaxFarSites, 64);
+        _cpu->Blocks.FarLinks = (FarLink*)NativeMemory.AllocZeroed(BlockCache.MaxFarLinks, (nuint)sizeof(FarLink));
+        _cpu->Blocks.FarHeads = Allocate<int>(BlockCache.FarLists, 64);
         _cpu->Blocks.BranchPages = Allocate<ulong>(BlockCache.BranchPageWords, 64);
         _cpu->HandlerCalls = Allocate<long>(Statistics.Codes, 64);
         _cpu->PcidAsids = Allocate<ushort>(Asids.Pcids, 64);
         _cpu->Blocks.Jumps = Allocate<JumpEntry>(BlockCache.Rows * BlockCache.RowEntries, 64);
-        _cpu->Blocks.Hash = (Block**)Allocate<nint>(BlockCache.Buckets, 64);
-        // SAFETY: BlockCache hands out at most ArenaBytes of it; Dispose frees it with everything else that is
-        // allocated here.
-        _cpu->Blocks.Arena = (byte*)NativeMemory.AlignedAlloc((nuint)BlockCache.ArenaBytes, 64);
+        _cpu->Blocks.Hash = (Block**)NativeMemory.AllocZeroed(BlockCache.Buckets, (nuint)sizeof(Block*));
+        // SAFETY: BlockCache hands out at most so much of it; Dispose frees it with everything else that is allocated here.
+        _cpu->Blocks.ArenaBytes = BlockCache.BytesOfCodeByte * (long)vm.ArenaBytes;
+        _cpu->Blocks.Arena = (byte*)NativeMemory.AlignedAlloc((nuint)_cpu->Blocks.ArenaBytes, 64);
         _cpu->Safe = 1;
         SetCpuid(CpuidTable.Build(vm.Thunks is not null).ToArray());
         OpenTranslator();
@@ -140,9 +140,9 @@ public sealed unsafe partial class SoftVcpu : IVcpu
         NativeMemory.AlignedFree(_cpu->HandlerCalls);
         NativeMemory.AlignedFree(_cpu->PcidAsids);
         NativeMemory.AlignedFree(_cpu->Blocks.Jumps);
-        NativeMemory.AlignedFree(_cpu->Blocks.Hash);
-        NativeMemory.AlignedFree(_cpu->Blocks.FarSites);
-        NativeMemory.AlignedFree(_cpu->Blocks.FarPages);
+        NativeMemory.Free(_cpu->Blocks.Hash);
+        NativeMemory.Free(_cpu->Blocks.FarLinks);
+        NativeMemory.AlignedFree(_cpu->Blocks.FarHeads);
         NativeMemory.AlignedFree(_cpu->Blocks.BranchPages);
         NativeMemory.AlignedFree(_cpu->Blocks.Arena);
         NativeMemory.AlignedFree(_cpu);

@@ -58,6 +58,9 @@ public sealed unsafe class SoftVm : IVm, IVmStatistics
     /// <summary>Time stamps of all vCPUs, before their offsets.</summary>
     internal TscSource Tsc { get; }
 
+    /// <summary>Bytes for the translated blocks of each vCPU.</summary>
+    internal int ArenaBytes { get; init; }
+
     /// <summary>vCPUs made from now on translate hot code.</summary>
     internal bool Translate { get; init; }
 

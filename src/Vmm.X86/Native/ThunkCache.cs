@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
 using System.Collections.Generic;
+using System.Linq;
 using System.Runtime.InteropServices;
 using System.Threading;
 using Iced.Intel;
@@ -140,8 +141,8 @@ internal sealed unsafe class ThunkCache : IDisposable
     private readonly List<nint> _chunks = [];
     private readonly InstructionInfoFactory _info = new();
     private readonly CodeBuffer _buffer = new();
-    private readonly Stack<nint> _freeArenas = new();
-    private int _arenas;
+    private readonly List<(nint Write, int LengthBytes)> _freeArenas = [];
+    private int _arenaEnd = SoftHypervisor.ThunkBytes;
     private int _used;
     private int _entriesLeft;
     private Thunk* _nextEntry;
@@ -179,38 +180,45 @@ internal sealed unsafe class ThunkCache : IDisposable
     }
 
     /// <summary>
-    /// A piece of code memory for one vCPU's translated blocks, or false when all are taken. Thunks keep the front.
+    /// A piece of code memory for one vCPU's translated blocks, or false when not so much is left. Thunks keep the front.
     /// </summary>
-    public bool TryTakeArena(out byte* write, out long executeDelta)
+    public bool TryTakeArena(int lengthBytes, out byte* write, out long executeDelta)
     {
         lock (_gate)
         {
             write = null;
             executeDelta = _code.ExecuteAddress - _code.WriteAddress;
-            if (_freeArenas.Count != 0)
+            int start = _freeArenas.FindIndex(free => free.LengthBytes == lengthBytes);
+            if (start >= 0)
             {
-                write = (byte*)_freeArenas.Pop();
+                write = (byte*)_freeArenas[start].Write;
+                _freeArenas.RemoveAt(start);
                 return true;
             }
 
-            long start = SoftHypervisor.ThunkBytes + ((long)_arenas * SoftHypervisor.ArenaBytes);
-            if (start + SoftHypervisor.ArenaBytes > _code.LengthBytes)
+            if (lengthBytes > _code.LengthBytes - _arenaEnd)
             {
                 return false;
             }
 
-            _arenas++;
-            write = (byte*)_code.WriteAddress + start;
+            write = (byte*)_code.WriteAddress + _arenaEnd;
+            _arenaEnd += lengthBytes;
             return true;
         }
     }
 
-    /// <summary>Gives an arena back.</summary>
-    public void ReturnArena(byte* write)
+    /// <summary>Gives an arena back. Arenas of one length follow each other: those of a machine have the same.</summary>
+    public void ReturnArena(byte* write, int lengthBytes)
     {
         lock (_gate)
         {
-            _freeArenas.Push((nint)write);
+            _freeArenas.Add(((nint)write, lengthBytes));
+            if (_freeArenas.Sum(free => (long)free.LengthBytes) == _arenaEnd - SoftHypervisor.ThunkBytes)
+            {
+                // The next machine may have another length.
+                _freeArenas.Clear();
+                _arenaEnd = SoftHypervisor.ThunkBytes;
+            }
         }
     }
 

@@ -116,9 +116,11 @@ internal sealed unsafe class CodeCache : IDisposable
     public const int StaleBytes = 11;
 
     private const byte JumpOpcode = 0xE9;
-    private const int MaxExits = 1 << 19;
-    private const int FirstCold = SoftHypervisor.ArenaBytes / 2;
+    private const int BytesOfExit = 64;
     private readonly ThunkCache _owner;
+    private readonly int _lengthBytes;
+    private readonly int _firstCold;
+    private readonly int _maxExits;
     private readonly byte* _write;
     private readonly Block** _pages;
     private readonly Block** _tails;
@@ -127,19 +129,22 @@ internal sealed unsafe class CodeCache : IDisposable
     private int _cold;
     private int _exits;
 
-    private CodeCache(ThunkCache owner, byte* write, long executeDelta)
+    private CodeCache(ThunkCache owner, byte* write, int lengthBytes, long executeDelta)
     {
         _owner = owner;
         _write = write;
+        _lengthBytes = lengthBytes;
+        _firstCold = lengthBytes / 2;
+        _maxExits = lengthBytes / BytesOfExit;
         ExecuteDelta = executeDelta;
-        Exits = (ExitRecord*)NativeMemory.Alloc(MaxExits, (nuint)sizeof(ExitRecord));
+        Exits = (ExitRecord*)NativeMemory.Alloc((nuint)_maxExits, (nuint)sizeof(ExitRecord));
         _pages = (Block**)NativeMemory.AllocZeroed(VmShared.CodeEntries, (nuint)sizeof(Block*));
         _tails = (Block**)NativeMemory.AllocZeroed(VmShared.CodeEntries, (nuint)sizeof(Block*));
         var emitter = new Emitter(write);
         Stubs = new CodeStubs(ref emitter, executeDelta);
         _firstBlock = (int)(emitter.At - write + 63) & ~63;
         _used = _firstBlock;
-        _cold = FirstCold;
+        _cold = _firstCold;
     }
 
     /// <summary>Executable address minus writable address.</summary>
@@ -152,7 +157,7 @@ internal sealed unsafe class CodeCache : IDisposable
     public ExitRecord* Exits { get; }
 
     /// <summary>Bytes of code written since the last reset.</summary>
-    public int UsedBytes => _used + _cold - FirstCold;
+    public int UsedBytes => _used + _cold - _firstCold;
 
     /// <summary>Where the next block's cold code goes. Away from the rest, so that code which runs lies close together.</summary>
     public byte* NextCold => _write + _cold;
@@ -161,21 +166,22 @@ internal sealed unsafe class CodeCache : IDisposable
     public long Clears { get; private set; }
 
     /// <summary>Where the next block goes, or null when the arena or the exits are used up.</summary>
-    public byte* Next => FirstCold - _used < BlockBytes || SoftHypervisor.ArenaBytes - _cold < BlockBytes ||
-        MaxExits - _exits < 256
+    public byte* Next => _firstCold - _used < BlockBytes || _lengthBytes - _cold < BlockBytes || _maxExits - _exits < 256
         ? null
         : _write + _used;
 
     /// <summary>Makes one; null when no arena is left.</summary>
-    public static CodeCache? TryCreate(ThunkCache thunks) =>
-        thunks.TryTakeArena(out byte* write, out long delta) ? new CodeCache(thunks, write, delta) : null;
+    public static CodeCache? TryCreate(ThunkCache thunks, int lengthBytes) =>
+        thunks.TryTakeArena(lengthBytes, out byte* write, out long delta)
+            ? new CodeCache(thunks, write, lengthBytes, delta)
+            : null;
 
     /// <summary>Forgets all code.</summary>
     public void Reset(long clears)
     {
         Clears = clears;
         _used = _firstBlock;
-        _cold = FirstCold;
+        _cold = _firstCold;
         _exits = 0;
         NativeMemory.Clear(_pages, (nuint)(VmShared.CodeEntries * sizeof(Block*)));
         NativeMemory.Clear(_tails, (nuint)(VmShared.CodeEntries * sizeof(Block*)));
@@ -246,13 +252,7 @@ internal sealed unsafe class CodeCache : IDisposable
         // One that led to another page stays listed with that, too: to be unlinked in vain does no harm.
         if (*site == JumpOpcode || *(ulong*)(site + FarBranch.Page) != page)
         {
-            if (cpu->Blocks.FarCount == BlockCache.MaxFarSites)
-            {
-                cpu->Blocks.UnlinkFar();
-            }
-
-            cpu->Blocks.FarSites[cpu->Blocks.FarCount] = site;
-            cpu->Blocks.FarPages[cpu->Blocks.FarCount++] = page;
+            cpu->Blocks.AddFar(site, page);
         }
 
         ushort tag = SoftVcpu.Tag(cpu);
@@ -303,7 +303,7 @@ internal sealed unsafe class CodeCache : IDisposable
         NativeMemory.Free(Exits);
         NativeMemory.Free(_pages);
         NativeMemory.Free(_tails);
-        _owner.ReturnArena(_write);
+        _owner.ReturnArena(_write, _lengthBytes);
     }
 
     // One block of a page, or (null) all that are stale.

@@ -46,7 +46,7 @@ public sealed unsafe partial class SoftVcpu
             return;
         }
 
-        _code = CodeCache.TryCreate(Vm.Thunks);
+        _code = CodeCache.TryCreate(Vm.Thunks, Vm.ArenaBytes);
         if (_code is not null)
         {
             _traits = new TraitsTable(this);

@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: BSD-2-Clause
+using System.Diagnostics;
 using Iced.Intel;
 
 namespace Vmm.X86;
@@ -11,7 +12,18 @@ namespace Vmm.X86;
 // exist only for pages of RAM or ROM that Paging.Fill took from a memory slot, and for writing only for RAM.
 internal sealed unsafe partial class Translator
 {
+    // So many misses are looked at together, or those of so much time.
+    private const ulong MissesOfCrowd = 1024;
+    private const double NanosecondsOfCrowd = 20e6;
+
+    // With less time than this from miss to miss, the sites are crowded: one costs about 15 ns.
+    private const double NanosecondsOfCrowdedMiss = 1000;
+
     private readonly int[] _nextSite = new int[Sites.Classes];
+    private ulong _missesBefore;
+    private long _missesSince = Stopwatch.GetTimestamp();
+    private bool _areSitesCrowded;
+    private bool _isCrowded;
 
     private static bool IsSpilled(int register) => register >= 13;
 
@@ -258,6 +270,25 @@ internal sealed unsafe partial class Translator
         };
     }
 
+    // Whether the sites are crowded: programs that run through so much code that places lose their site to others before
+    // they come by again (compilers: a third of all checks) miss all over, and no site of its own accord too fast. Then the
+    // TLB serves better; loops keep their sites, which they have for themselves while they run. What has a site already
+    // keeps it, so the rate falls as more code is translated.
+    private void LookAtSites()
+    {
+        ulong misses = _cpu->SiteMisses - _missesBefore;
+        long now = Stopwatch.GetTimestamp();
+        double elapsedNs = Stopwatch.GetElapsedTime(_missesSince, now).TotalNanoseconds;
+        if (misses >= MissesOfCrowd || elapsedNs > NanosecondsOfCrowd)
+        {
+            _areSitesCrowded = misses * NanosecondsOfCrowdedMiss > elapsedNs;
+            _missesBefore = _cpu->SiteMisses;
+            _missesSince = now;
+        }
+
+        _isCrowded = _areSitesCrowded && !IsLoop;
+    }
+
     // Operands on the stack have the same site, since frames lie side by side.
     private static bool IsStack(in HostMemory form) => form.Base == Host.GuestRsp && form.Index < 0;
 
@@ -268,7 +299,7 @@ internal sealed unsafe partial class Translator
         return DataMode switch
         {
             MmuMode.Empty => false,
-            MmuMode.User => Wanders(_at),
+            MmuMode.User => Wanders(_at) || (_isCrowded && !IsStack(form)),
             _ => !IsStack(form) || Wanders(_at),
         };
     }

@@ -122,6 +122,7 @@ internal sealed unsafe partial class Translator
         _cpu = cpu;
         _block = block;
         ReadTrace();
+        LookAtSites();
         uint liveOut = LiveOut();
         Liveness(liveOut);
         block->FlagsIn = (int)_live[0] | 0x100;
