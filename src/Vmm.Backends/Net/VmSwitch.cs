@@ -33,6 +33,7 @@ internal sealed class VmSwitch : IDisposable
     private const int BurstFrames = 64;
     private const string SocketSuffix = ".port";
     private const string LeasePrefix = "ip-";
+    private const int MaxLeaseBytes = 512; // a MAC address and a name
 
     private readonly Lock _gate = new();
     private readonly string _directory;
@@ -120,7 +121,7 @@ internal sealed class VmSwitch : IDisposable
                 _lease = path;
                 return address;
             }
-            catch (IOException) when (File.Exists(path))
+            catch (IOException) when (Path.Exists(path))
             {
                 RemoveIfDead(path);
             }
@@ -196,11 +197,16 @@ internal sealed class VmSwitch : IDisposable
     {
         try
         {
-            return File.ReadAllText(path).Split([' ', '\n'], StringSplitOptions.RemoveEmptyEntries);
+            // What another VM left here may be of any size and kind: a pipe without a writer, a link to a device.
+            using BlockFile file = BlockFile.Open(path, readOnly: true);
+            Span<byte> content = stackalloc byte[(int)Math.Min(file.Length, MaxLeaseBytes)];
+            return file.Read(0, content) == BlockStatus.Ok
+                ? Encoding.UTF8.GetString(content).Split([' ', '\n'], StringSplitOptions.RemoveEmptyEntries)
+                : [];
         }
         catch (IOException)
         {
-            return []; // its owner left
+            return []; // its owner left, or it is no file
         }
     }
 
@@ -220,7 +226,8 @@ internal sealed class VmSwitch : IDisposable
     {
         foreach (string path in Files(LeasePrefix + "*"))
         {
-            if (ReadLease(path) is [string owner, ..] && string.Equals(owner, mac, StringComparison.Ordinal))
+            if (ReadLease(path) is [string owner, ..] && string.Equals(owner, mac, StringComparison.Ordinal)
+                && IPAddress.TryParse(Path.GetFileName(path)[LeasePrefix.Length..], out _))
             {
                 return path;
             }
@@ -232,6 +239,11 @@ internal sealed class VmSwitch : IDisposable
     private void RemoveIfDead(string lease)
     {
         string[] words = ReadLease(lease);
+        if (Directory.Exists(lease))
+        {
+            return; // not ours to remove: the address counts as taken
+        }
+
         if (words.Length < 1 || !File.Exists(Path.Combine(_directory, words[0] + SocketSuffix)))
         {
             File.Delete(lease);
