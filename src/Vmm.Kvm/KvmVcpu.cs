@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
 using System;
+using System.Collections.Generic;
 using System.Threading;
 using Microsoft.Win32.SafeHandles;
 using Vmm.Core;
@@ -54,6 +55,10 @@ internal sealed unsafe class KvmVcpu : IVcpu, INmiPin
 
     internal KvmVcpu(KvmVm vm, SafeFileHandle file, int index, ICpuInterruptPort? port)
     {
+        // The mapping comes last of what can fail: a constructor that throws leaves nobody to take it back.
+        int hostPkruOffset = HostPkruOffset(vm.System);
+        KvmCapabilities probed = vm.System.Probed;
+        IReadOnlyList<uint> savedMsrs = vm.System.SavedMsrs;
         Index = index;
         _file = file;
         _fd = (int)file.DangerousGetHandle();
@@ -65,9 +70,9 @@ internal sealed unsafe class KvmVcpu : IVcpu, INmiPin
         _port = port;
         _onIoApicEoi = vm.Options.OnIoApicEoi;
         _isUserIrqchip = vm.Irqchip == IrqchipMode.User;
-        _hasImmediateExit = vm.System.Probed.ImmediateExit;
+        _hasImmediateExit = probed.ImmediateExit;
         _activity = index == 0 || !_isUserIrqchip ? ActivityState.Running : ActivityState.WaitForInit;
-        _access = new VcpuStateAccess(file, _run, vm.System.Probed, vm.System.SavedMsrs, _isUserIrqchip, HostPkruOffset(vm.System));
+        _access = new VcpuStateAccess(file, _run, probed, savedMsrs, _isUserIrqchip, hostPkruOffset);
     }
 
     private static int HostPkruOffset(KvmSystem system)
