@@ -24,6 +24,14 @@ public sealed class SandboxTests : IDisposable
 
     public void Dispose() => Directory.Delete(_directory, recursive: true);
 
+    // What the Linuxulator answers (EINVAL), and a kernel without the call (ENOSYS), in words that say what it means.
+    [LinuxTheory]
+    [InlineData(22, "this kernel has no seccomp filters (FreeBSD's Linuxulator has none)")]
+    [InlineData(38, "this kernel has no seccomp filters (FreeBSD's Linuxulator has none)")]
+    [InlineData(13, "seccomp: Permission denied")]
+    public void Filter_Refused_SaysWhatIsMissing(int rawErrno, string words) =>
+        SystemCallFilter.Explain(rawErrno).Should().Be(words);
+
     // A small interpreter of the BPF that we write, run over every number: the list is the filter, and nothing else is.
     [Fact]
     public void Filter_EveryNumber_HasItsVerdict()

@@ -139,11 +139,16 @@ public static class SystemCallFilter
             {
                 0 => null,
                 > 0 => $"thread {result} has a filter of its own",
-                _ => HostException.Last("seccomp").Message,
+                _ => Explain(Marshal.GetLastPInvokeError()),
             };
             return result == 0;
         }
     }
+
+    /// <summary>What a refusal means. The filter itself is right wherever the tests have run, so EINVAL speaks of the kernel.</summary>
+    internal static string Explain(int rawErrno) => OsAbi.Current.ToErrno(rawErrno) is Errno.EINVAL or Errno.ENOSYS
+        ? "this kernel has no seccomp filters (FreeBSD's Linuxulator has none)"
+        : new HostException("seccomp", rawErrno).Message;
 
     /// <summary>The filter as the kernel takes it.</summary>
     internal static BpfInstruction[] Assemble(uint ownProcess)
