@@ -216,6 +216,12 @@ internal unsafe struct BlockCache
     /// <summary>Entries that the addresses of one page can have: a window of the table.</summary>
     public const int BranchWindow = 1 << 11;
 
+    /// <summary>Entries behind those that have what was displaced, for each window.</summary>
+    public const int BranchSeconds = 64;
+
+    /// <summary>All entries.</summary>
+    public const int BranchEntries = Branches + (Branches / BranchWindow * BranchSeconds);
+
     /// <summary>Direct branches to other pages that may be linked at a time.</summary>
     public const int MaxFarLinks = 1 << 16;
 
@@ -260,6 +266,10 @@ internal unsafe struct BlockCache
     /// <summary>Which entry of the indirect-branch cache a linear address has.</summary>
     public static int BranchSlot(ulong linear) => (int)(((linear >> 11) ^ linear) >> 1) & (Branches - 1);
 
+    /// <summary>The second place of what had such an entry (CodeStubs.BranchMiss).</summary>
+    public static int SecondSlot(int slot) =>
+        Branches + (slot / BranchWindow * BranchSeconds) + (slot & (BranchSeconds - 1));
+
     /// <summary>Drops jump-cache entries of a page and of instructions that cross into it.</summary>
     public void ForgetPage(ulong linear)
     {
@@ -273,14 +283,8 @@ internal unsafe struct BlockCache
 
         // SAFETY: a window is a power of two of entries, and so is the table.
         BranchKey* key = BranchKeys + (BranchSlot(linear) & ~(BranchWindow - 1));
-        for (int i = 0; i < BranchWindow; i++, key++)
-        {
-            if (((key->Linear ^ linear) & ~Mem.PageOffset) == 0)
-            {
-                key->Context = 0;
-            }
-        }
-
+        ForgetKeys(key, BranchWindow, linear);
+        ForgetKeys(BranchKeys + SecondSlot((int)(key - BranchKeys)), BranchSeconds, linear);
         int* at = &FarHeads[bit & (FarLists - 1)];
         while (*at != 0)
         {
@@ -315,10 +319,22 @@ internal unsafe struct BlockCache
         head = number;
     }
 
+    private static void ForgetKeys(BranchKey* key, int count, ulong linear)
+    {
+        // SAFETY: ForgetPage gives a window of the table, or the places behind it for what the window displaced.
+        for (int i = 0; i < count; i++, key++)
+        {
+            if (((key->Linear ^ linear) & ~Mem.PageOffset) == 0)
+            {
+                key->Context = 0;
+            }
+        }
+    }
+
     /// <summary>Drops the indirect-branch cache and the links to other pages.</summary>
     public void ForgetBranches()
     {
-        Unsafe.InitBlock(BranchKeys, 0, Branches * BranchKey.SizeBytes);
+        Unsafe.InitBlock(BranchKeys, 0, BranchEntries * BranchKey.SizeBytes);
         Unsafe.InitBlock(BranchPages, 0, BranchPageWords * sizeof(ulong));
         UnlinkFar();
     }

@@ -122,10 +122,10 @@ internal unsafe struct CpuContext
     public const int BranchKeysOffset = TlbOffset + (TlbEntry.Tables * TlbEntry.Count * TlbEntry.SizeBytes);
 
     /// <summary>The indirect-branch cache's targets.</summary>
-    public const int BranchTargetsOffset = BranchKeysOffset + (BlockCache.Branches * BranchKey.SizeBytes);
+    public const int BranchTargetsOffset = BranchKeysOffset + (BlockCache.BranchEntries * BranchKey.SizeBytes);
 
     /// <summary>Translations cached by places in generated code (Translate/Sites.cs).</summary>
-    public const int SitesOffset = BranchTargetsOffset + (BlockCache.Branches * BranchTarget.SizeBytes);
+    public const int SitesOffset = BranchTargetsOffset + (BlockCache.BranchEntries * BranchTarget.SizeBytes);
 
     /// <summary>Offsets of the sites that are filled, for each mode.</summary>
     public const int SiteJournalOffset = SitesOffset + (Sites.Count * Sites.EntryBytes);

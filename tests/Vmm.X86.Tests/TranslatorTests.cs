@@ -205,6 +205,64 @@ public sealed class TranslatorTests
         vm.Read64(frame + 32).Should().Be(TestVm.StackTop - 8);
     }
 
+    // Two routines whose addresses have the same entry of the indirect-branch cache: the one that was displaced is found in its
+    // second place, and not any more when its page is mapped elsewhere.
+    [Fact]
+    public void Branches_ToTwoPlacesWithOneEntry_AreBothFoundUntilTheirPagesChange()
+    {
+        const ulong tables = 0x88000;
+        const ulong first = 0x200100;
+        const ulong second = 0x220140;
+        const int rounds = 100;
+        BlockCache.BranchSlot(second).Should().Be(BlockCache.BranchSlot(first));
+        using var vm = new TestVm();
+        vm.EnterLong();
+        vm.Write64(TestVm.PageTables + 0x2000, vm.Read64(TestVm.PageTables + 0x2000) | 0x100);
+        vm.Write64(TestVm.PageTables + 0x2000 + 8, tables | 7);
+        Write(0x100000 + (first & 0xFFF), 1);
+        Write(0x101000 + (second & 0xFFF), 0x100);
+        Write(0x102000 + (second & 0xFFF), 0x10000);
+        Write(0x103000 + (first & 0xFFF), 0x1000000);
+        ulong firstEntry = tables + ((first >> 12) & 0x1FF) * 8;
+        ulong secondEntry = tables + ((second >> 12) & 0x1FF) * 8;
+        vm.Write64(firstEntry, 0x100107);
+        vm.Write64(secondEntry, 0x101107);
+        vm.Assemble(TestVm.CodeAt, 64, a =>
+        {
+            a.xor(edx, edx);
+            a.mov(rsi, first);
+            a.mov(rdi, second);
+            for (int phase = 0; phase < 3; phase++)
+            {
+                var loop = a.CreateLabel();
+                a.mov(ecx, rounds);
+                a.Label(ref loop);
+                a.call(rsi);
+                a.call(rdi);
+                a.dec(ecx);
+                a.jne(loop);
+                if (phase < 2)
+                {
+                    a.mov(__qword_ptr[phase == 0 ? secondEntry : firstEntry], phase == 0 ? 0x102107 : 0x103107);
+                    a.invlpg(__byte_ptr[phase == 0 ? rdi : rsi]);
+                }
+            }
+
+            a.hlt();
+        });
+
+        vm.Run().Should().Be(ExitKind.Halted);
+
+        vm.State.Gpr[2].Should().Be(rounds * (2 + 0x100 + 0x20000 + 0x1000000));
+        vm.Cpu.Dispatches.Should().BeLessThan(rounds);
+
+        void Write(ulong at, int value) => vm.Assemble(at, 64, a =>
+        {
+            a.add(rdx, value);
+            a.ret();
+        });
+    }
+
     // With 57 bits, some of those addresses are canonical: the branch is taken and the fetch faults.
     [Theory]
     [InlineData(0x0000_8000_0000_0000UL, 14, false)]

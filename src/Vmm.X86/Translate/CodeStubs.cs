@@ -1,4 +1,6 @@
 // SPDX-License-Identifier: BSD-2-Clause
+using System.Numerics;
+
 namespace Vmm.X86;
 
 // Routines at the start of a code arena.
@@ -13,6 +15,8 @@ namespace Vmm.X86;
 //                      goes on elsewhere when it jumped to a place that the indirect-branch cache has; leaves otherwise
 //     ExitHostFlags    T0 = exit record: saves the host's flags, then like
 //     ExitFlagImage    T0 = exit record: leaves to the dispatcher
+//     BranchMiss       T0 = exit record, T1 = twice the entry of the indirect-branch cache that Rip was not found in: tries
+//                      its second place, then like ExitFlagImage
 //     Interpret        T0 = a record, T1 = its block: leaves, and the interpreter goes on there
 //     FillSite         called with T0 = a linear address, T1 = a site (its offset, and the operand's size - 1 from bit 24
 //                      on): fills the site from the TLB; ZF set and T1 = addend when it could; keeps T0
@@ -70,6 +74,8 @@ internal sealed unsafe class CodeStubs
         ExitFlagImage = e.At;
         e.Store(HostMemory.Context(Offsets.ExitInfo), Host.T0);
         EmitLeave(ref e, saveVectors, saveX87, ExitCode.Exit);
+        BranchMiss = Align(ref e);
+        EmitBranchMiss(ref e);
         Interpret = Align(ref e);
         e.Shift(4, Host.T1, 32);
         e.Alu(AluOp.Or, Host.T0, Host.T1);
@@ -98,6 +104,8 @@ internal sealed unsafe class CodeStubs
     public byte* ExitHostFlags { get; }
 
     public byte* ExitFlagImage { get; }
+
+    public byte* BranchMiss { get; }
 
     public byte* Interpret { get; }
 
@@ -132,6 +140,33 @@ internal sealed unsafe class CodeStubs
         e.Sahf();
         e.Move(Host.Rax, scratch);
     }
+
+    // As Translator.EmitBranchProbe does for the first place; BlockCache.SecondSlot.
+    private void EmitBranchMiss(ref Emitter e)
+    {
+        e.Store(HostMemory.Context(Offsets.ExitInfo), Host.T0);
+        e.Move32(Host.T0, Host.T1);
+        e.Shift(5, Host.T0, 1 + BitOperations.Log2(BlockCache.BranchWindow));
+        e.Shift(4, Host.T0, 1 + BitOperations.Log2(BlockCache.BranchSeconds));
+        e.AluImmediate(AluOp.And, Host.T1, (BlockCache.BranchSeconds - 1) << 1, wide: false);
+        e.Lea(Host.T1, new HostMemory(Host.T1, Host.T0, 0, BlockCache.Branches << 1));
+        e.Load(Host.T0, HostMemory.Context(Offsets.Rip));
+        e.Alu(AluOp.Cmp, Host.T0, BranchTable(CpuContext.BranchKeysOffset + BranchKey.LinearOffset));
+        byte* miss = e.JumpIf(HostCondition.NotEqual);
+        e.Load(Host.T0, HostMemory.Context(Offsets.Request));
+        e.Alu(AluOp.Cmp, Host.T0, BranchTable(CpuContext.BranchKeysOffset + BranchKey.ContextOffset));
+        byte* other = e.JumpIf(HostCondition.NotEqual);
+        e.Load(Host.T0, BranchTable(CpuContext.BranchTargetsOffset + BranchTarget.PageOffset));
+        e.Store(HostMemory.Context(Offsets.CodeBase), Host.T0);
+        e.JumpMemory(BranchTable(CpuContext.BranchTargetsOffset + BranchTarget.CodeOffset));
+        e.Land(miss);
+        e.Land(other);
+        e.Load(Host.T0, HostMemory.Context(Offsets.ExitInfo));
+        e.Jump(ExitFlagImage);
+    }
+
+    /// <summary>A field of the indirect-branch cache's entry that T1, twice its number, names.</summary>
+    public static HostMemory BranchTable(int offset) => new(Host.None, Host.T1, 3, offset, isContext: true);
 
     // SAFETY: the same check as the inline one of the interpreter (Mem.Read, Mem.WritePointer): first and last byte lie in
     // the page that the entry names. A site grows over neighbours only where the TLB has them with the same addend.

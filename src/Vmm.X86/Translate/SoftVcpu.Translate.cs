@@ -275,9 +275,18 @@ public sealed unsafe partial class SoftVcpu
             return false;
         }
 
-        // SAFETY: BranchSlot stays inside the tables.
+        // SAFETY: BranchSlot and SecondSlot stay inside the tables.
         int slot = BlockCache.BranchSlot(linear);
-        cpu->Blocks.BranchKeys[slot] = new BranchKey { Linear = linear, Context = (ulong)Tag(cpu) << 48 };
+        ulong context = (ulong)Tag(cpu) << 48;
+        BranchKey* key = cpu->Blocks.BranchKeys + slot;
+        if (key->Context != 0 && (key->Linear != linear || key->Context != context))
+        {
+            int second = BlockCache.SecondSlot(slot);
+            cpu->Blocks.BranchKeys[second] = *key;
+            cpu->Blocks.BranchTargets[second] = cpu->Blocks.BranchTargets[slot];
+        }
+
+        *key = new BranchKey { Linear = linear, Context = context };
         cpu->Blocks.BranchTargets[slot] = new BranchTarget
         {
             Code = next->EntryFlagImage,
@@ -474,8 +483,7 @@ public sealed unsafe partial class SoftVcpu
         // SAFETY: BranchSlot stays inside the tables; targets are entries of blocks of the present arena, or of dead ones,
         // which forward.
         int slot = BlockCache.BranchSlot(cpu->Rip);
-        BranchKey* key = cpu->Blocks.BranchKeys + slot;
-        if (key->Linear != cpu->Rip || key->Context != (ulong)cpu->BranchTag << 48)
+        if (!IsBranch(cpu, slot) && !IsBranch(cpu, slot = BlockCache.SecondSlot(slot)))
         {
             From(cpu)._wantsBranch = true;
             return false;
@@ -487,6 +495,13 @@ public sealed unsafe partial class SoftVcpu
         cpu->FlagImage = ((flags & 0xD5) << 8) | (flags >> 11);
         cpu->ExitInfo = (ulong)cpu->Blocks.BranchTargets[slot].Code;
         return true;
+    }
+
+    // Whether an entry of the indirect-branch cache is RIP's.
+    private static bool IsBranch(CpuContext* cpu, int slot)
+    {
+        BranchKey* key = cpu->Blocks.BranchKeys + slot;
+        return key->Linear == cpu->Rip && key->Context == (ulong)cpu->BranchTag << 48;
     }
 
     // The block at RIP was looked for in vain by GoOn: the next time it is there.

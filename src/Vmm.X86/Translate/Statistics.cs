@@ -49,7 +49,7 @@ internal static class AccessCount
     /// <summary>Look-ups in the indirect-branch cache.</summary>
     public const int BranchProbes = Classes * OfClass;
 
-    /// <summary>Those that did not find the target, or a request.</summary>
+    /// <summary>Those that did not find the target in its first place, or a request.</summary>
     public const int BranchMisses = BranchProbes + 1;
 
     /// <summary>All counts.</summary>

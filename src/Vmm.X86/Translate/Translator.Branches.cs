@@ -13,6 +13,9 @@ namespace Vmm.X86;
 //     CodeBase = targets[T1].Page; jmp targets[T1].Code
 //     other: T0 = keys[T1].Linear; miss: Rip = T0
 //
+// Whoever takes an entry moves what was there to its second place (BlockCache.SecondSlot), where all misses look once more
+// (CodeStubs.BranchMiss): two targets of a loop may have the same entry, and two processes have the same program.
+//
 // Tables hold canonical addresses only, so what the guest takes from memory or a register for RET and JMP needs no other
 // look: what is not canonical misses, and the dispatcher lets the branch fault. CALL looks before it pushes. A pending
 // request makes every probe miss.
@@ -240,11 +243,10 @@ internal sealed unsafe partial class Translator
         CountAccess(AccessCount.BranchMisses);
         _e.Store(HostMemory.Context(Offsets.Rip), Host.T0);
         _e.MoveImmediate(Host.T0, (uint)exit);
-        _e.Jump(_cache.Stubs.ExitFlagImage);
+        _e.Jump(_cache.Stubs.BranchMiss);
     }
 
-    // A field of the entry that T1, twice its number, names.
-    private static HostMemory BranchTable(int offset) => new(Host.None, Host.T1, 3, offset, isContext: true);
+    private static HostMemory BranchTable(int offset) => CodeStubs.BranchTable(offset);
 
     private void EmitJmpIndirect(in Instruction instruction)
     {
